@@ -1,0 +1,72 @@
+#ifndef EP_KERNELS_COMPUTE_H
+#define EP_KERNELS_COMPUTE_H
+/*
+ * compute: the device contract, the only thing a shard sees of where its experts live. Whole operations
+ * on opaque objects, each returning ep_status; never "get me the pointer". cpu/compute_cpu.c serves it
+ * with kernels.h, cuda/compute_cuda.cu with a GPU. One thread drives a compute object.
+ */
+#include "base/base.h"
+#include "kernels/formats.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct compute compute;             /* a device */
+typedef struct compute_stack compute_stack; /* the owned experts of one layer on it */
+
+typedef struct compute_shape {
+    int gate_type, up_type, down_type; /* kern_type of the file */
+    int hidden, inter, n_experts;
+} compute_shape;
+
+typedef struct compute_ffn_args {
+    const void *rows; /* host memory: n_rows rows of kern_act_row_bytes(act, hidden) */
+    kern_act act;     /* compute_ops.stack_act of this stack, or KERN_ACT_F32 */
+    int n_rows, n_pairs;
+    const int32_t *expert_offset; /* [n_experts + 1], pairs sorted by (local) expert */
+    const int32_t *pair_row;      /* [n_pairs] */
+    const int32_t *pair_out;      /* [n_pairs] row of out */
+    float *out;                   /* host memory [n_pairs, hidden] */
+} compute_ffn_args;
+
+typedef struct compute_ops {
+    const char *kind; /* "cpu", "cuda" */
+    /* Whether `device` ("cpu", "cuda:1") can be opened here; EP_ERR_UNSUPPORTED with the reason. */
+    ep_status (*can_open)(const char *device, ep_err *err);
+    ep_status (*open)(compute **out, const char *device, int n_threads, ep_err *err);
+    void (*close)(compute *c);
+    /* One line for status: "cpu, avx512, 2 threads". Lives as long as c. */
+    const char *(*describe)(compute *c);
+    /* Room for the experts of a layer. Sizes are checked: EP_ERR_NOMEM, EP_ERR_UNSUPPORTED (type). */
+    ep_status (*stack_open)(compute *c, const compute_shape *shape, compute_stack **out, ep_err *err);
+    /* Loads and packs one expert from file rows; *checksum is that of the packed bytes. Different
+     * experts of a stack may be loaded from different threads at once. */
+    ep_status (*stack_load)(compute_stack *s, int expert_i, const void *gate, const void *up,
+                            const void *down, uint64_t *checksum);
+    /* Recomputes the checksum of a loaded expert. */
+    uint64_t (*stack_checksum)(compute_stack *s, int expert_i);
+    kern_act (*stack_act)(const compute_stack *s);
+    size_t (*stack_bytes)(const compute_stack *s); /* memory held */
+    void (*stack_close)(compute_stack *s);
+    /* Scratch for passes of at most max_rows rows and max_pairs pairs over any stack opened so far.
+     * Call after all stacks are open; afterwards ffn does not allocate. */
+    ep_status (*reserve)(compute *c, int max_rows, int max_pairs);
+    /* gate, up, SwiGLU, down for every pair; returns when `out` is complete. */
+    ep_status (*ffn)(compute *c, compute_stack *s, const compute_ffn_args *a);
+} compute_ops;
+
+extern const compute_ops compute_cpu;
+#ifdef MOED_CUDA
+extern const compute_ops compute_cuda;
+#endif
+
+/* device: "cpu", "cuda:N", or "auto" (the first device that answers, else the CPU). On success *ops is
+ * the table that serves *out. */
+ep_status compute_open(const compute_ops **ops, compute **out, const char *device, int n_threads,
+                       ep_err *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
