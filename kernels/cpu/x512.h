@@ -1,0 +1,194 @@
+#ifndef EP_KERNELS_CPU_X512_H
+#define EP_KERNELS_CPU_X512_H
+/*
+ * x512: how AVX-512 code reads the packed layout of formats.h; for gemm_avx512.c and gemm_amx.c
+ * only (both are compiled with the same AVX-512 flags). Everything is inlined: an ISA file must not
+ * leak a function that general code could be linked against. Weights come out as unsigned bytes in
+ * k-group order, w[t] = weights 4t .. 4t+3 of the 16 columns, which is the right operand of
+ * vpdpbusd and a row of an AMX tile alike. Nothing here rounds.
+ */
+#include <immintrin.h>
+#include <string.h>
+#include "kernels/cpu/ops.h"
+
+#define X_INLINE static inline __attribute__((always_inline))
+/* Loops over arrays of vectors must vanish, or the arrays live in memory. */
+#define X_UNROLL _Pragma("GCC unroll 8")
+
+enum {
+    X_HEAD_K = 256, /* scales, mins, d and dmin of a Q4_K or Q5_K block */
+    X_BLOCK_Q4_K = 2304,
+    X_BLOCK_Q5_K = 2816,
+    X_BLOCK_Q6_K = 3328,
+    X_NIBBLES = 256, /* bytes of the nibble vectors of 32 weights */
+    /* Bytes that the software prefetch runs ahead of the weights. Panels follow one another, so
+     * past the end of one lies the next. To L2: 4 KB gave 28 to 30 GB/s with two threads on huge
+     * pages against 24 without, and 1 to 16 KB differ little (read-only loop; moed-bench kernels, T
+     * = 1). */
+    X_AHEAD = 4096
+};
+
+X_INLINE __m512i x_load(const void *p)
+{
+    return _mm512_loadu_si512(p);
+}
+
+X_INLINE __m512i x_set8(int v)
+{
+    return _mm512_set1_epi8((char)v);
+}
+
+/* Four bytes in every lane; p need not be aligned. */
+X_INLINE __m512i x_pair(const void *p)
+{
+    int32_t v;
+    memcpy(&v, p, sizeof v);
+    return _mm512_set1_epi32(v);
+}
+
+X_INLINE __m512 x_half16(const void *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+X_INLINE void x_ahead(const uint8_t *p, int bytes)
+{
+    X_UNROLL
+    for (int i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)p + X_AHEAD + i, _MM_HINT_T1);
+}
+
+/* (a & mask) | b */
+X_INLINE __m512i x_and_or(__m512i a, __m512i mask, __m512i b)
+{
+    return _mm512_ternarylogic_epi32(a, mask, b, 0xEA);
+}
+
+/* mask ? a : b, bit by bit */
+X_INLINE __m512i x_pick(__m512i mask, __m512i a, __m512i b)
+{
+    return _mm512_ternarylogic_epi32(mask, a, b, 0xCA);
+}
+
+X_INLINE void x_nibbles(__m512i w[8], const uint8_t *p)
+{
+    const __m512i low = x_set8(15);
+    X_UNROLL
+    for (int v = 0; v < 4; v++) {
+        __m512i b = x_load(p + 64 * v);
+        w[v] = _mm512_and_si512(b, low);
+        w[4 + v] = _mm512_and_si512(_mm512_srli_epi16(b, 4), low);
+    }
+}
+
+/* Nibbles with a fifth bit: bit t of every byte of h belongs to w[t]. */
+X_INLINE void x_nibbles5(__m512i w[8], const uint8_t *p, __m512i h)
+{
+    const __m512i low = x_set8(15), bit = x_set8(16);
+    __m512i b[4];
+    X_UNROLL
+    for (int v = 0; v < 4; v++)
+        b[v] = x_load(p + 64 * v);
+    w[0] = x_and_or(b[0], low, _mm512_and_si512(_mm512_slli_epi16(h, 4), bit));
+    w[1] = x_and_or(b[1], low, _mm512_and_si512(_mm512_slli_epi16(h, 3), bit));
+    w[2] = x_and_or(b[2], low, _mm512_and_si512(_mm512_slli_epi16(h, 2), bit));
+    w[3] = x_and_or(b[3], low, _mm512_and_si512(_mm512_slli_epi16(h, 1), bit));
+    X_UNROLL
+    for (int v = 0; v < 4; v++)
+        b[v] = _mm512_srli_epi16(b[v], 4);
+    w[4] = x_and_or(b[0], low, _mm512_and_si512(h, bit));
+    w[5] = x_and_or(b[1], low, _mm512_and_si512(_mm512_srli_epi16(h, 1), bit));
+    w[6] = x_and_or(b[2], low, _mm512_and_si512(_mm512_srli_epi16(h, 2), bit));
+    w[7] = x_and_or(b[3], low, _mm512_and_si512(_mm512_srli_epi16(h, 3), bit));
+}
+
+/* Nibbles with two upper bits: bits 2s, 2s+1 of high vector u belong to weights 16u + 4s + i. */
+X_INLINE void x_nibbles6(__m512i w[8], const uint8_t *p, const uint8_t *high)
+{
+    const __m512i low = x_set8(15), six = x_set8(63);
+    const __m512i h0 = x_load(high), h1 = x_load(high + 64);
+    __m512i b[4];
+    X_UNROLL
+    for (int v = 0; v < 4; v++)
+        b[v] = x_load(p + 64 * v);
+    w[0] = _mm512_and_si512(x_pick(low, b[0], _mm512_slli_epi16(h0, 4)), six);
+    w[1] = _mm512_and_si512(x_pick(low, b[1], _mm512_slli_epi16(h0, 2)), six);
+    w[2] = _mm512_and_si512(x_pick(low, b[2], h0), six);
+    w[3] = _mm512_and_si512(x_pick(low, b[3], _mm512_srli_epi16(h0, 2)), six);
+    X_UNROLL
+    for (int v = 0; v < 4; v++)
+        b[v] = _mm512_srli_epi16(b[v], 4);
+    w[4] = _mm512_and_si512(x_pick(low, b[0], _mm512_slli_epi16(h1, 4)), six);
+    w[5] = _mm512_and_si512(x_pick(low, b[1], _mm512_slli_epi16(h1, 2)), six);
+    w[6] = _mm512_and_si512(x_pick(low, b[2], h1), six);
+    w[7] = _mm512_and_si512(x_pick(low, b[3], _mm512_srli_epi16(h1, 2)), six);
+}
+
+/* The head of a Q4_K or Q5_K block: sc[0] holds the scales 0..3 as bytes of each lane, sc[1] 4..7;
+ * min[p] the mins 2p, 2p+1 as 16-bit pairs, to be met by the sums 2p, 2p+1 in vpdpwssd. */
+typedef struct x_head {
+    __m512i sc[2], min[4];
+    __m512 d, dmin;
+} x_head;
+
+/* Shuffle index: 16-bit pair (byte a, byte b) of each lane, zero extended. */
+X_INLINE __m512i x_index(int a, int b)
+{
+    const int v = (int)(0x80008000U | (unsigned)b << 16 | (unsigned)a);
+    return _mm512_broadcast_i32x4(
+        _mm_add_epi8(_mm_set1_epi32(v), _mm_setr_epi32(0, 0x00040004, 0x00080008, 0x000C000C)));
+}
+
+/* Shuffle index: byte b of each 32-bit lane, zero extended, or moved to the top of its lane. */
+X_INLINE __m512i x_index_low(int b)
+{
+    const int v = (int)(0x80808000U | (unsigned)b);
+    return _mm512_broadcast_i32x4(_mm_add_epi8(_mm_set1_epi32(v), _mm_setr_epi32(0, 4, 8, 12)));
+}
+
+X_INLINE __m512i x_index_top(int b)
+{
+    const int v = (int)(0x00808080U | (unsigned)b << 24);
+    return _mm512_broadcast_i32x4(
+        _mm_add_epi8(_mm_set1_epi32(v), _mm_setr_epi32(0, 0x04000000, 0x08000000, 0x0C000000)));
+}
+
+X_INLINE void x_head_k(x_head *h, const uint8_t *p)
+{
+    const __m512i low = x_set8(15);
+    const __m512i s0 = x_load(p), s1 = x_load(p + 64), s2 = x_load(p + 128);
+    const __m512i s0h = _mm512_srli_epi16(s0, 4), s1h = _mm512_srli_epi16(s1, 4);
+    const __m512i first = x_index(0, 1), second = x_index(2, 3);
+    h->sc[0] = x_and_or(s0, low, _mm512_and_si512(_mm512_slli_epi16(s2, 4), x_set8(0x30)));
+    h->sc[1] = x_and_or(s0h, low, _mm512_and_si512(_mm512_slli_epi16(s2, 2), x_set8(0x30)));
+    const __m512i m0 = x_and_or(s1, low, _mm512_and_si512(s2, x_set8(0x30)));
+    const __m512i m1 = x_and_or(s1h, low, _mm512_and_si512(_mm512_srli_epi16(s2, 2), x_set8(0x30)));
+    h->min[0] = _mm512_shuffle_epi8(m0, first);
+    h->min[1] = _mm512_shuffle_epi8(m0, second);
+    h->min[2] = _mm512_shuffle_epi8(m1, first);
+    h->min[3] = _mm512_shuffle_epi8(m1, second);
+    h->d = x_half16(p + 192);
+    h->dmin = x_half16(p + 224);
+}
+
+/* The float step of Q4_K and Q5_K for one row: i1 the scaled products, sum32 the row's eight sums.
+ */
+X_INLINE __m512 x_step_k(__m512 acc, __m512i i1, const x_head *h, const int16_t *sum32, float dx)
+{
+    __m512i i2 = _mm512_setzero_si512();
+    X_UNROLL
+    for (int p = 0; p < 4; p++)
+        i2 = _mm512_dpwssd_epi32(i2, h->min[p], x_pair(sum32 + 2 * p));
+    const __m512 t = _mm512_mul_ps(h->dmin, _mm512_cvtepi32_ps(i2));
+    const __m512 v = _mm512_fmsub_ps(h->d, _mm512_cvtepi32_ps(i1), t);
+    return _mm512_fmadd_ps(_mm512_set1_ps(dx), v, acc);
+}
+
+/* Bytes of the panel head of the types that keep their d apart: 16 half per block, whole vectors.
+ */
+X_INLINE size_t x_panel_head(int blocks)
+{
+    return ((size_t)blocks * 32 + 63) & ~(size_t)63;
+}
+
+#endif
