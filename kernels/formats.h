@@ -67,8 +67,10 @@ typedef struct kern_block_q5_k {
     uint8_t q[128];
 } kern_block_q5_k;
 typedef struct kern_block_q6_k {
-    uint8_t low[128]; /* low nibbles; per half of 128: byte 32*((i%64)/32)... see pack.c */
-    uint8_t high[64]; /* upper two bits */
+    /* Weight i = 128h + 32s + l (s = 0..3, l = 0..31): lower four bits in byte 64h + 32(s%2) + l of low,
+     * nibble s/2; upper two in byte 32h + l of high, bits 2s and 2s+1. */
+    uint8_t low[128];
+    uint8_t high[64];
     int8_t scales[16];
     uint16_t d; /* w = d * sc[i/16] * (q - 32) */
 } kern_block_q6_k;

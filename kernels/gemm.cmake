@@ -1,0 +1,9 @@
+# The GEMM half: formats, packing, the loops over experts and the panel functions per instruction set.
+set(KERN_SOURCES formats.c pack.c rows.c stack.c ffn.c linear.c cpu/gemm_scalar.c)
+link_libraries(xxhash)
+foreach(isa avx2 avx512 amx)
+  set(KERN_${isa}_SOURCES)
+  if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/cpu/gemm_${isa}.c)
+    list(APPEND KERN_${isa}_SOURCES cpu/gemm_${isa}.c)
+  endif()
+endforeach()
