@@ -1,0 +1,559 @@
+/*
+ * gemm_amx: the panel products on AMX tiles (int8, and bf16 where weights are bf16).
+ *
+ * A block of the panel is unpacked once into byte planes in L1 that are AMX B tiles (16 k-groups of
+ * 64 bytes), multiplies 16 rows per tile, two row tiles at a time, and the float step of ops.h
+ * follows from the stored int32 tiles. Three things overlap, cut into quarters of a block so that
+ * the core's window sees all of them: tile products of this block, unpacking of the next, the float
+ * step of the one before. Sub-block scales are folded into the bytes without losing a bit: Q4_K,
+ * Q5_K: sc = 8a + b; q*a and q*b fit a byte, so two planes and I1 = 8 Ca + Cb; Q6_K: sc * (q - 32)
+ * = 256h + l, h signed, l unsigned, so I = 256 Ch + Cl. The types with one d per block need no
+ * folding; their zero point is taken off while unpacking.
+ *
+ * Tiles stay configured between calls: a call asks what is configured (18 cycles here) and loads
+ * the configuration (300 cycles) only if it differs. Permission to use tiles is select.c's
+ * business. Row counts too small to pay go to the AVX-512 table.
+ */
+#include "kernels/cpu/x512.h"
+
+enum {
+    CHUNK = 128, /* rows that share one pass over a panel: eight tiles, L1 holds their sums */
+    TILE_BYTES = 1024,
+    PLANE_BYTES = 256 * 16 /* one byte for each of the 256 x 16 weights */
+};
+
+/* Tiles 0..3 hold C, 4 and 5 A (activation rows), 6 and 7 B (weights). */
+typedef struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+_Static_assert(sizeof(tile_config) == 64, "tile configuration");
+
+static void configure(int rows, int k_bytes)
+{
+    _Alignas(64) tile_config want = {.palette = 1}, have;
+    for (int t = 0; t < 8; t++) {
+        want.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? k_bytes : 64);
+        want.rows[t] = (uint8_t)(t < 6 ? rows : k_bytes / 4);
+    }
+    _tile_storeconfig(&have);
+    if (_mm512_cmpneq_epi64_mask(x_load(&have), x_load(&want))) _tile_loadconfig(&want);
+}
+
+/* The rows of a chunk cut into tiles of equal height; the last tile may begin early and overlap the
+ * one before it, its doubled rows are skipped by the float step. */
+typedef struct cut {
+    int m, tiles, height;
+} cut;
+
+static cut cut_rows(int m)
+{
+    cut c = {.m = m, .tiles = (m + 15) / 16};
+    c.height = (m + c.tiles - 1) / c.tiles;
+    return c;
+}
+
+static int tile_start(const cut *c, int t)
+{
+    const int start = t * c->height, last = c->m - c->height;
+    return start < last ? start : last;
+}
+
+/* ---- K-quants: two byte planes ------------------------------------------------------------------
+ */
+
+typedef struct k_block {
+    x_head h;            /* Q6_K uses d only */
+    __m512i digit[2][2]; /* Q4_K, Q5_K: digits a, b of the scales, as x_head.sc */
+    const uint8_t *p;
+} k_block;
+
+typedef struct k_work {
+    _Alignas(64) uint8_t plane[2][2][PLANE_BYTES]; /* [block & 1][a or high, b or low] */
+    _Alignas(64) uint8_t c[2][4][TILE_BYTES];      /* [step & 1][tile of the pair * 2 + plane] */
+    _Alignas(64) float acc[CHUNK][KERN_PANEL];
+    k_block block[4]; /* [block & 3]: one is unpacked, one multiplied, one finished */
+} k_work;
+
+X_INLINE void open_block(k_block *k, const uint8_t *panel, int blocks, int b, const int type)
+{
+    if (type == KERN_Q6_K) {
+        k->p = panel + x_panel_head(blocks) + (size_t)b * X_BLOCK_Q6_K;
+        k->h.d = x_half16(panel + 32 * (size_t)b);
+        x_ahead(k->p, 256);
+        return;
+    }
+    k->p = panel + (size_t)b * (type == KERN_Q5_K ? X_BLOCK_Q5_K : X_BLOCK_Q4_K);
+    x_head_k(&k->h, k->p);
+    x_ahead(k->p, type == KERN_Q5_K ? 768 : 256);
+    X_UNROLL
+    for (int g = 0; g < 2; g++) {
+        k->digit[0][g] = _mm512_and_si512(_mm512_srli_epi16(k->h.sc[g], 3), x_set8(7));
+        k->digit[1][g] = _mm512_and_si512(k->h.sc[g], x_set8(7));
+    }
+}
+
+/* Byte `b` of each lane as both 16-bit halves of the lane. */
+X_INLINE __m512i both_halves(__m512i v, int b)
+{
+    return _mm512_shuffle_epi8(v,
+                               _mm512_add_epi8(x_index(0, 0), _mm512_set1_epi32(b * 0x00010001)));
+}
+
+/* 32 weights of Q4_K or Q5_K: one 16-bit product serves two bytes, 31 * 7 < 256 carries nothing. */
+X_INLINE void unpack_k(const k_block *k, int j, uint8_t *a, uint8_t *b, const int type)
+{
+    const uint8_t *nibbles = k->p + X_HEAD_K + (type == KERN_Q5_K ? 512 : 0) + j * X_NIBBLES;
+    __m512i w[8];
+    if (type == KERN_Q5_K)
+        x_nibbles5(w, nibbles, x_load(k->p + X_HEAD_K + 64 * j));
+    else
+        x_nibbles(w, nibbles);
+    x_ahead(nibbles, X_NIBBLES);
+    const __m512i da = both_halves(k->digit[0][j / 4], j % 4);
+    const __m512i db = both_halves(k->digit[1][j / 4], j % 4);
+    X_UNROLL
+    for (int t = 0; t < 8; t++) {
+        _mm512_store_si512(a + 64 * t, _mm512_mullo_epi16(w[t], da));
+        _mm512_store_si512(b + 64 * t, _mm512_mullo_epi16(w[t], db));
+    }
+}
+
+/* 32 weights of Q6_K. The products of even and of odd bytes are 16 bits each; the planes take their
+ * upper and lower bytes. */
+X_INLINE void unpack_q6(const k_block *k, int j, uint8_t *high, uint8_t *low)
+{
+    const __m512i lower = _mm512_set1_epi16(255);
+    const __m512i scales = x_load(k->p + 64 * (j / 2));
+    __m512i w[8];
+    x_nibbles6(w, k->p + 1280 + j * X_NIBBLES, k->p + 256 + j * 128);
+    x_ahead(k->p + 256 + j * 384, 384);
+    X_UNROLL
+    for (int half = 0; half < 2; half++) {
+        const __m512i even = both_halves(scales, 2 * (j % 2) + half);
+        const __m512i odd = _mm512_slli_epi16(even, 8);
+        const __m512i offset = _mm512_srai_epi16(odd, 3); /* 32 sc */
+        X_UNROLL
+        for (int t = 4 * half; t < 4 * half + 4; t++) {
+            const __m512i e = _mm512_sub_epi16(_mm512_maddubs_epi16(w[t], even), offset);
+            const __m512i o = _mm512_sub_epi16(_mm512_maddubs_epi16(w[t], odd), offset);
+            _mm512_store_si512(high + 64 * t, x_pick(lower, _mm512_srli_epi16(e, 8), o));
+            _mm512_store_si512(low + 64 * t, x_pick(lower, e, _mm512_slli_epi16(o, 8)));
+        }
+    }
+}
+
+/* Quarter s of a block: 64 weights into both planes. */
+X_INLINE void unpack_quarter(const k_block *k, uint8_t (*plane)[PLANE_BYTES], int s, const int type)
+{
+    X_UNROLL
+    for (int c = 0; c < 2; c++) {
+        const int j = 2 * s + c;
+        if (type == KERN_Q6_K)
+            unpack_q6(k, j, plane[0] + 512 * j, plane[1] + 512 * j);
+        else
+            unpack_k(k, j, plane[0] + 512 * j, plane[1] + 512 * j, type);
+    }
+}
+
+/* What one step multiplies: a pair of row tiles (or a single one) with one block. */
+typedef struct k_step {
+    int block, tile;
+    bool two;
+} k_step;
+
+X_INLINE void multiply_quarter(const int8_t *x0, const int8_t *x1, size_t ldq,
+                               uint8_t (*plane)[PLANE_BYTES], int s, bool two, const int type)
+{
+    _tile_loadd(4, x0 + 64 * s, ldq);
+    _tile_loadd(6, plane[0] + TILE_BYTES * s, 64);
+    _tile_loadd(7, plane[1] + TILE_BYTES * s, 64);
+    if (type == KERN_Q6_K)
+        _tile_dpbssd(0, 4, 6);
+    else
+        _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    if (two) {
+        _tile_loadd(5, x1 + 64 * s, ldq);
+        if (type == KERN_Q6_K)
+            _tile_dpbssd(2, 5, 6);
+        else
+            _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+}
+
+X_INLINE void store_pair(uint8_t (*c)[TILE_BYTES], bool two)
+{
+    _tile_stored(0, c[0], 64);
+    _tile_stored(1, c[1], 64);
+    if (two) {
+        _tile_stored(2, c[2], 64);
+        _tile_stored(3, c[3], 64);
+    }
+}
+
+/* The float step for rows from..to-1 of tile t, whose two planes' sums lie at c[0] and c[1]. */
+X_INLINE void finish_rows(k_work *w, const kern_rows *a, const cut *cu, int b, int t,
+                          uint8_t (*c)[TILE_BYTES], int from, int to, const int type)
+{
+    const int start = tile_start(cu, t), skip = t * cu->height - start;
+    const x_head *h = &w->block[b & 3].h;
+    for (int i = from > skip ? from : skip; i < to; i++) {
+        const __m512i high = _mm512_load_si512(c[0] + 64 * i),
+                      low = _mm512_load_si512(c[1] + 64 * i);
+        const size_t r = (size_t)(start + i);
+        const float dx = a->scale[r * a->lds + (size_t)b];
+        const __m512 acc = _mm512_load_ps(w->acc[r]);
+        __m512 next;
+        if (type == KERN_Q6_K) {
+            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+            next = _mm512_fmadd_ps(_mm512_set1_ps(dx), _mm512_mul_ps(h->d, _mm512_cvtepi32_ps(sum)),
+                                   acc);
+        } else {
+            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 3), low);
+            next = x_step_k(acc, sum, h, a->sum32 + r * a->ldsum + 8 * (size_t)b, dx);
+        }
+        _mm512_store_ps(w->acc[r], next);
+    }
+}
+
+/* Quarter s of the float step of a whole step. */
+X_INLINE void finish_quarter(k_work *w, const kern_rows *a, const cut *cu, const k_step *done,
+                             uint8_t (*c)[TILE_BYTES], int s, const int type)
+{
+    const int from = cu->height * s / 4, to = cu->height * (s + 1) / 4;
+    finish_rows(w, a, cu, done->block, done->tile, c, from, to, type);
+    if (done->two) finish_rows(w, a, cu, done->block, done->tile + 1, c + 2, from, to, type);
+}
+
+/* At most CHUNK rows (a points at the first) over the whole panel. */
+X_INLINE void chunk_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a, int m,
+                      const int type)
+{
+    k_work w;
+    const cut cu = cut_rows(m);
+    const int blocks = a->k / 256, pairs = (cu.tiles + 1) / 2;
+    k_step done = {0};
+    int step = 0;
+    configure(cu.height, 64);
+    for (int r = 0; r < m; r++)
+        _mm512_store_ps(w.acc[r], _mm512_setzero_ps());
+    open_block(&w.block[0], panel, blocks, 0, type);
+    for (int s = 0; s < 4; s++)
+        unpack_quarter(&w.block[0], w.plane[0], s, type);
+    for (int b = 0; b < blocks; b++) {
+        k_block *next = &w.block[(b + 1) & 3];
+        const bool more = b + 1 < blocks;
+        if (more) open_block(next, panel, blocks, b + 1, type);
+        for (int pair = 0, unpacked = 0; pair < pairs; pair++, step++) {
+            const k_step now = {b, 2 * pair, 2 * pair + 1 < cu.tiles};
+            const int8_t *x0 = a->q + (size_t)tile_start(&cu, now.tile) * a->ldq + 256 * (size_t)b;
+            const int8_t *x1 =
+                now.two ? a->q + (size_t)tile_start(&cu, now.tile + 1) * a->ldq + 256 * (size_t)b
+                        : x0;
+            const int unpack_to = 4 * (pair + 1) / pairs;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int s = 0; s < 4; s++) {
+                multiply_quarter(x0, x1, a->ldq, w.plane[b & 1], s, now.two, type);
+                if (more && unpacked < unpack_to)
+                    unpack_quarter(next, w.plane[(b + 1) & 1], unpacked++, type);
+                if (step > 0) finish_quarter(&w, a, &cu, &done, w.c[(step + 1) & 1], s, type);
+            }
+            store_pair(w.c[step & 1], now.two);
+            done = now;
+        }
+    }
+    for (int s = 0; s < 4; s++)
+        finish_quarter(&w, a, &cu, &done, w.c[(step + 1) & 1], s, type);
+    for (int r = 0; r < m; r++)
+        _mm512_storeu_ps(y + (size_t)r * ldy, _mm512_load_ps(w.acc[r]));
+}
+
+/* ---- one d per block: Q8_0, Q4_0, Q5_0 (32), GPTQ4 (128) ----------------------------------------
+ */
+
+enum { GROUP = 128 /* weights unpacked, multiplied and finished together */ };
+
+typedef struct flat_work {
+    _Alignas(64) uint8_t plane[2][GROUP * 16];
+    _Alignas(
+        64) uint8_t c[2][4][2][TILE_BYTES]; /* [step & 1][block of the group][tile of the pair] */
+    _Alignas(64) float acc[CHUNK][KERN_PANEL];
+} flat_work;
+
+/* 32 weights as signed bytes. */
+X_INLINE void unpack_flat(const uint8_t *p, uint8_t *out, const int type)
+{
+    __m512i w[8];
+    if (type == KERN_Q8_0) {
+        X_UNROLL
+        for (int t = 0; t < 8; t++)
+            w[t] = _mm512_xor_si512(x_load(p + 64 * t), x_set8(-128));
+        x_ahead(p, 512);
+    } else if (type == KERN_Q5_0) {
+        x_nibbles5(w, p + 64, x_load(p));
+        x_ahead(p, 320);
+    } else {
+        x_nibbles(w, p);
+        x_ahead(p, 256);
+    }
+    if (type != KERN_Q8_0) {
+        X_UNROLL
+        for (int t = 0; t < 8; t++)
+            w[t] = _mm512_sub_epi8(w[t], x_set8(type == KERN_Q5_0 ? 16 : 8));
+    }
+    X_UNROLL
+    for (int t = 0; t < 8; t++)
+        _mm512_store_si512(out + 64 * t, w[t]);
+}
+
+X_INLINE int flat_bytes(const int type)
+{
+    return type == KERN_Q8_0 ? 512 : type == KERN_Q5_0 ? 320 : 256;
+}
+
+/* 32 weights (or for GPTQ4 all 128) times one or two row tiles, stored at c[0] and c[1]. */
+X_INLINE void multiply_flat(const int8_t *x0, const int8_t *x1, size_t ldq, const uint8_t *plane,
+                            uint8_t (*c)[TILE_BYTES], bool two, const int type)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(6, plane, 64);
+    _tile_loadd(4, x0, ldq);
+    _tile_dpbssd(0, 4, 6);
+    if (two) {
+        _tile_loadd(5, x1, ldq);
+        _tile_dpbssd(1, 5, 6);
+    }
+    if (type == KERN_GPTQ4) {
+        _tile_loadd(7, plane + TILE_BYTES, 64);
+        _tile_loadd(4, x0 + 64, ldq);
+        _tile_dpbssd(0, 4, 7);
+        if (two) {
+            _tile_loadd(5, x1 + 64, ldq);
+            _tile_dpbssd(1, 5, 7);
+        }
+    }
+    _tile_stored(0, c[0], 64);
+    if (two) _tile_stored(1, c[1], 64);
+}
+
+/* A step of the flat types: a pair of row tiles with a group of up to four blocks. */
+typedef struct flat_step {
+    int block, count, tile;
+    bool two;
+} flat_step;
+
+X_INLINE void finish_flat(flat_work *w, const kern_rows *a, const cut *cu, const flat_step *done,
+                          const uint8_t *panel, uint8_t (*c)[2][TILE_BYTES], int s)
+{
+    const int from = cu->height * s / 4, to = cu->height * (s + 1) / 4;
+    __m512 d[4];
+    if (from == to) return;
+    X_UNROLL
+    for (int i = 0; i < 4; i++)
+        d[i] = x_half16(panel + 32 * (size_t)(done->block + (i < done->count ? i : 0)));
+    for (int which = 0; which < 1 + done->two; which++) {
+        const int t = done->tile + which;
+        const int start = tile_start(cu, t), skip = t * cu->height - start;
+        for (int i = from > skip ? from : skip; i < to; i++) {
+            const size_t r = (size_t)(start + i);
+            const float *dx = a->scale + r * a->lds + done->block;
+            __m512 acc = _mm512_load_ps(w->acc[r]);
+            X_UNROLL
+            for (int n = 0; n < 4; n++) {
+                if (n == done->count) break;
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(c[n][which] + 64 * i));
+                acc = _mm512_fmadd_ps(_mm512_set1_ps(dx[n]), _mm512_mul_ps(d[n], sum), acc);
+            }
+            _mm512_store_ps(w->acc[r], acc);
+        }
+    }
+}
+
+X_INLINE void chunk_flat(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a, int m,
+                         const int type)
+{
+    flat_work w;
+    const cut cu = cut_rows(m);
+    const int per_group = type == KERN_GPTQ4 ? 1 : 4, per_block = type == KERN_GPTQ4 ? 128 : 32;
+    const int blocks = a->k / per_block, slices = a->k / 32, pairs = (cu.tiles + 1) / 2;
+    const uint8_t *p = panel + x_panel_head(blocks);
+    flat_step done = {0};
+    int step = 0, unpacked = 0;
+    configure(cu.height, type == KERN_GPTQ4 ? 64 : 32);
+    for (int r = 0; r < m; r++)
+        _mm512_store_ps(w.acc[r], _mm512_setzero_ps());
+    for (; unpacked < 4 && unpacked < slices; unpacked++, p += flat_bytes(type))
+        unpack_flat(p, w.plane[0] + 512 * unpacked, type);
+    for (int b = 0, group = 0; b < blocks; b += per_group, group++) {
+        const int count = blocks - b < per_group ? blocks - b : per_group;
+        const int ready = 4 * (group + 2) < slices ? 4 * (group + 2) : slices;
+        for (int pair = 0; pair < pairs; pair++, step++) {
+            const flat_step now = {b, count, 2 * pair, 2 * pair + 1 < cu.tiles};
+            const size_t k = (size_t)b * (size_t)per_block;
+            const int8_t *x0 = a->q + (size_t)tile_start(&cu, now.tile) * a->ldq + k;
+            const int8_t *x1 =
+                now.two ? a->q + (size_t)tile_start(&cu, now.tile + 1) * a->ldq + k : x0;
+            for (int s = 0; s < 4; s++) {
+                if (s < count)
+                    multiply_flat(x0 + 32 * s, x1 + 32 * s, a->ldq, w.plane[group & 1] + 512 * s,
+                                  w.c[step & 1][s], now.two, type);
+                if (unpacked < ready) {
+                    unpack_flat(p, w.plane[(group + 1) & 1] + 512 * (unpacked & 3), type);
+                    unpacked++;
+                    p += flat_bytes(type);
+                }
+                if (step > 0) finish_flat(&w, a, &cu, &done, panel, w.c[(step + 1) & 1], s);
+            }
+            done = now;
+        }
+    }
+    for (int s = 0; s < 4; s++)
+        finish_flat(&w, a, &cu, &done, panel, w.c[(step + 1) & 1], s);
+    for (int r = 0; r < m; r++)
+        _mm512_storeu_ps(y + (size_t)r * ldy, _mm512_load_ps(w.acc[r]));
+}
+
+/* ---- BF16: tiles straight from the panel
+ * --------------------------------------------------------- */
+
+/* At most 64 rows: four C tiles take every 32 weights as the specification orders them. */
+static void chunk_bf16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a, int m)
+{
+    const cut cu = cut_rows(m);
+    const int blocks = (a->k + 31) / 32;
+    const size_t ld = a->ldh * 2;
+    const uint16_t *x[4];
+    _Alignas(64) float c[4][16][16];
+    configure(cu.height, 64);
+    for (int t = 0; t < 4; t++)
+        x[t] = a->h + (size_t)tile_start(&cu, t < cu.tiles ? t : 0) * a->ldh;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int b = 0; b < blocks; b++) {
+        const size_t at = 32 * (size_t)b;
+        x_ahead(panel + TILE_BYTES * (size_t)b, TILE_BYTES);
+        _tile_loadd(6, panel + TILE_BYTES * (size_t)b, 64);
+        _tile_loadd(4, x[0] + at, ld);
+        _tile_dpbf16ps(0, 4, 6);
+        if (cu.tiles > 1) {
+            _tile_loadd(5, x[1] + at, ld);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        if (cu.tiles > 2) {
+            _tile_loadd(4, x[2] + at, ld);
+            _tile_dpbf16ps(2, 4, 6);
+        }
+        if (cu.tiles > 3) {
+            _tile_loadd(5, x[3] + at, ld);
+            _tile_dpbf16ps(3, 5, 6);
+        }
+    }
+    _tile_stored(0, c[0], 64);
+    _tile_stored(1, c[1], 64);
+    _tile_stored(2, c[2], 64);
+    _tile_stored(3, c[3], 64);
+    for (int t = 0; t < cu.tiles; t++)
+        for (int i = 0; i < cu.height; i++)
+            _mm512_storeu_ps(y + (size_t)(tile_start(&cu, t) + i) * ldy, _mm512_load_ps(c[t][i]));
+}
+
+/* ---- the table
+ * ----------------------------------------------------------------------------------- */
+
+/* The rows from r on, as rows of their own. */
+static kern_rows rows_from(const kern_rows *a, int r)
+{
+    kern_rows s = *a;
+    const size_t n = (size_t)r;
+    s.m -= r;
+    if (a->act == KERN_ACT_BF16) {
+        s.h += n * a->ldh;
+    } else {
+        s.q += n * a->ldq;
+        s.scale += n * a->lds;
+        s.sum16 += n * a->ldsum;
+        s.sum32 += n * a->ldsum;
+    }
+    return s;
+}
+
+X_INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a,
+                       const int type)
+{
+    const int most = type == KERN_BF16 ? 64 : CHUNK;
+    const int chunks = (a->m + most - 1) / most;
+    for (int i = 0, r = 0; i < chunks; i++) {
+        const int m = (a->m - r) / (chunks - i);
+        const kern_rows part = rows_from(a, r);
+        float *out = y + (size_t)r * ldy;
+        if (type == KERN_BF16)
+            chunk_bf16(out, ldy, panel, &part, m);
+        else if (type == KERN_Q4_K || type == KERN_Q5_K || type == KERN_Q6_K)
+            chunk_k(out, ldy, panel, &part, m, type);
+        else
+            chunk_flat(out, ldy, panel, &part, m, type);
+        r += m;
+    }
+}
+
+static void q4_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q4_0);
+}
+
+static void q5_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q5_0);
+}
+
+static void q8_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q8_0);
+}
+
+static void q4_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q4_K);
+}
+
+static void q5_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q5_K);
+}
+
+static void q6_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q6_K);
+}
+
+static void gptq4(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_GPTQ4);
+}
+
+static void bf16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_BF16);
+}
+
+/* F32 and F16 have no tile form: kern_select takes them from the AVX-512 table. */
+const kern_gemm kern_gemm_amx = {
+    .name = "amx",
+    .q4_0 = q4_0,
+    .q5_0 = q5_0,
+    .q8_0 = q8_0,
+    .q4_k = q4_k,
+    .q5_k = q5_k,
+    .q6_k = q6_k,
+    .gptq4 = gptq4,
+    .bf16 = bf16,
+};
