@@ -1,0 +1,115 @@
+/*
+ * check_kernels [--isa LEVEL] [--quick] [--seed N]: runs every check for one level or for all that
+ * this machine has. Exit status 77 if the level asked for is missing here.
+ */
+#include "check.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+bool check_quick;
+int check_failures;
+const int check_types[] = {KERN_F32,  KERN_F16,  KERN_BF16, KERN_Q4_0, KERN_Q5_0,
+                           KERN_Q8_0, KERN_Q4_K, KERN_Q5_K, KERN_Q6_K, KERN_GPTQ4};
+const int check_n_types = (int)(sizeof(check_types) / sizeof(check_types[0]));
+
+static uint64_t state, first_state;
+
+uint64_t check_random(void)
+{
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return state * 0x2545f4914f6cdd1dull;
+}
+
+void check_reseed(void)
+{
+    state = first_state;
+}
+
+int check_below(int n)
+{
+    return (int)(check_random() >> 33) % n;
+}
+
+void check_fail(const char *fmt, ...)
+{
+    if (++check_failures > 20) return;
+    va_list ap;
+    va_start(ap, fmt);
+    printf("  FAILED: ");
+    vprintf(fmt, ap);
+    printf("\n");
+    va_end(ap);
+    fflush(stdout);
+}
+
+static void step(const char *name, const char *level)
+{
+    printf("%-14s %s\n", name, level);
+    fflush(stdout);
+}
+
+static void run_level(const char *level)
+{
+    ep_err err;
+    if (kern_select(level, &err) != EP_OK) {
+        check_fail("kern_select(\"%s\"): %s", level, err.text);
+        return;
+    }
+    if (strcmp(kern_level(), level) != 0)
+        check_fail("level is %s, asked for %s", kern_level(), level);
+    step("panels", level);
+    check_panels(level);
+    step("linear", level);
+    check_linear(level);
+    step("ffn", level);
+    check_ffn(level);
+}
+
+int main(int argc, char **argv)
+{
+    const char *const levels[] = {"scalar", "avx2", "avx512", "amx"};
+    const char *isa = NULL;
+    uint64_t seed = 20261120;
+    unsetenv("MOED_KERNELS"); /* the levels are chosen here */
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--quick") == 0) {
+            check_quick = true;
+        } else if (strcmp(argv[i], "--isa") == 0 && i + 1 < argc) {
+            isa = argv[++i];
+        } else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
+            seed = strtoull(argv[++i], NULL, 10);
+        } else {
+            fprintf(stderr, "usage: check_kernels [--isa LEVEL] [--quick] [--seed N]\n");
+            return 2;
+        }
+    }
+    printf("seed %llu\n", (unsigned long long)seed);
+    first_state = state = seed * 2 + 1;
+    if (isa != NULL && !kern_has_level(isa)) {
+        printf("skipped: this machine has no %s\n", isa);
+        return 77;
+    }
+    ep_err err;
+    if (kern_select("scalar", &err) != EP_OK) {
+        printf("FAILED: scalar: %s\n", err.text);
+        return 1;
+    }
+    step("packing", "");
+    check_packing();
+    step("bounds", "scalar");
+    check_scalar_bounds();
+    for (size_t i = 0; i < sizeof(levels) / sizeof(levels[0]); i++) {
+        if (isa != NULL && strcmp(isa, levels[i]) != 0) continue;
+        if (kern_has_level(levels[i]))
+            run_level(levels[i]);
+        else
+            printf("skipped: this machine has no %s\n", levels[i]);
+    }
+    printf("%d failures\n", check_failures);
+    return check_failures ? 1 : 0;
+}
