@@ -1,0 +1,594 @@
+/*
+ * gemm_avx2: the panel products for AVX2 with FMA and F16C. A panel is taken as two halves of eight
+ * columns, a vector of 32 bytes each holding four weights of every column.
+ *
+ * Weights meet a row by vpmaddubsw, whose 16-bit pairs must not saturate: |x| <= 127, so nibbles
+ * (2 * 15 * 127 = 3810) may be added up eight times, five-bit codes four times and six-bit codes
+ * twice before vpmaddwd widens them, together with the sub-block's scale. Q8_0 uses |w| <= 128 and
+ * moves the sign to x: 2 * 128 * 127 fits as well, once. Up to MAX_ROWS rows share one unpacking.
+ * Integers are exact, so only the float step of a block has a fixed form: ops.h's, bit for bit.
+ */
+#include <immintrin.h>
+#include <string.h>
+#include "kernels/cpu/ops.h"
+
+#define INLINE static inline __attribute__((always_inline))
+/* Loops over arrays of vectors must vanish, or the arrays live in memory. */
+#define UNROLL _Pragma("GCC unroll 8")
+
+enum {
+    HEAD_K = 256,
+    BLOCK_Q4_K = 2304,
+    BLOCK_Q5_K = 2816,
+    BLOCK_Q6_K = 3328,
+    NIBBLES = 256, /* bytes of the nibble vectors of 32 weights */
+    MAX_ROWS = 4,  /* sums, products and unpacked weights of so many rows fit in 16 registers */
+    AHEAD = 4096   /* distance of the software prefetch in bytes; the next panel follows this one */
+};
+
+typedef struct job {
+    float *y;
+    size_t ldy;
+    const uint8_t *panel;
+    const kern_rows *a;
+    int r; /* first row of the group */
+} job;
+
+INLINE const int8_t *row_q(const job *j, int i)
+{
+    return j->a->q + (size_t)(j->r + i) * j->a->ldq;
+}
+
+INLINE float row_scale(const job *j, int i, int b)
+{
+    return j->a->scale[(size_t)(j->r + i) * j->a->lds + (size_t)b];
+}
+
+INLINE const int16_t *row_sum16(const job *j, int i)
+{
+    return j->a->sum16 + (size_t)(j->r + i) * j->a->ldsum;
+}
+
+INLINE const int16_t *row_sum32(const job *j, int i)
+{
+    return j->a->sum32 + (size_t)(j->r + i) * j->a->ldsum;
+}
+
+INLINE __m256i load(const void *p)
+{
+    return _mm256_loadu_si256((const __m256i *)p);
+}
+
+INLINE __m256i word4(const void *p) /* four bytes in every lane */
+{
+    int32_t v;
+    memcpy(&v, p, sizeof(v));
+    return _mm256_set1_epi32(v);
+}
+
+INLINE __m256 half8(const void *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+INLINE void ahead(const uint8_t *p, int bytes)
+{
+    UNROLL
+    for (int i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)p + AHEAD + i, _MM_HINT_T0);
+}
+
+/* Shuffle index that makes the 16-bit pair (byte a, byte b) of each lane, zero extended. */
+INLINE __m256i pair_index(int a, int b)
+{
+    const int v = (int)(0x80008000U | (unsigned)b << 16 | (unsigned)a);
+    return _mm256_add_epi8(_mm256_set1_epi32(v),
+                           _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004,
+                                             0x00080008, 0x000c000c));
+}
+
+/* The same with each byte in the upper half of its 16 bits, for sign extension by a shift. */
+INLINE __m256i pair_index_top(int a, int b)
+{
+    const int v = (int)(0x00800080U | (unsigned)b << 24 | (unsigned)a << 8);
+    return _mm256_add_epi8(_mm256_set1_epi32(v),
+                           _mm256_setr_epi32(0, 0x04000400, 0x08000800, 0x0c000c00, 0, 0x04000400,
+                                             0x08000800, 0x0c000c00));
+}
+
+INLINE __m256i madd_add(__m256i sum, __m256i a, __m256i b)
+{
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+
+/* s[i] += w . x[i] in pairs of 16 bits, x at byte `at` of each row's 32 */
+INLINE void meet(__m256i *s, __m256i w, const int8_t *const *x, const int at, const int rows)
+{
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        s[i] = _mm256_add_epi16(s[i], _mm256_maddubs_epi16(w, word4(x[i] + at)));
+}
+
+INLINE void zero(__m256i *s, const int rows)
+{
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        s[i] = _mm256_setzero_si256();
+}
+
+INLINE void add_block(float (*acc)[16], const int rows, const int half, const job *j, int b,
+                      const __m256 *v)
+{
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        float *at = acc[i] + 8 * half;
+        _mm256_store_ps(
+            at, _mm256_fmadd_ps(_mm256_set1_ps(row_scale(j, i, b)), v[i], _mm256_load_ps(at)));
+    }
+}
+
+INLINE void store_rows(const job *j, const float (*acc)[16], const int rows)
+{
+    for (int i = 0; i < rows; i++)
+        memcpy(j->y + (size_t)(j->r + i) * j->ldy, acc[i], 16 * sizeof(float));
+}
+
+/* ---- Q4_K, Q5_K ---- */
+
+typedef struct head {
+    __m256i sc[8];  /* pairs (sc, sc) */
+    __m256i min[4]; /* pairs (m[2p], m[2p + 1]) */
+    __m256 d, dmin;
+} head;
+
+INLINE void head_k(head *h, const uint8_t *p, const int half)
+{
+    const __m256i low = _mm256_set1_epi8(15), top = _mm256_set1_epi8(0x30);
+    p += 32 * half;
+    const __m256i s0 = load(p), s1 = load(p + 64), s2 = load(p + 128);
+    __m256i sc[2], m[2];
+    sc[0] =
+        _mm256_or_si256(_mm256_and_si256(s0, low), _mm256_and_si256(_mm256_slli_epi16(s2, 4), top));
+    sc[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(s0, 4), low),
+                            _mm256_and_si256(_mm256_slli_epi16(s2, 2), top));
+    m[0] = _mm256_or_si256(_mm256_and_si256(s1, low), _mm256_and_si256(s2, top));
+    m[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(s1, 4), low),
+                           _mm256_and_si256(_mm256_srli_epi16(s2, 2), top));
+    UNROLL
+    for (int c = 0; c < 8; c++)
+        h->sc[c] = _mm256_shuffle_epi8(sc[c / 4], pair_index(c % 4, c % 4));
+    UNROLL
+    for (int c = 0; c < 4; c++)
+        h->min[c] = _mm256_shuffle_epi8(m[c / 2], pair_index(c % 2 * 2, c % 2 * 2 + 1));
+    h->d = half8(p + 192 - 16 * half);
+    h->dmin = half8(p + 224 - 16 * half);
+}
+
+INLINE void block_k(const job *j, const int rows, const bool five, const uint8_t *p, int b,
+                    const int half, float (*acc)[16])
+{
+    const __m256i low = _mm256_set1_epi8(15), bit = _mm256_set1_epi8(16);
+    const uint8_t *high = p + HEAD_K + 32 * half, *nibbles = high + (five ? 512 : 0);
+    const int8_t *x[MAX_ROWS];
+    __m256i total[MAX_ROWS], s[MAX_ROWS];
+    __m256 v[MAX_ROWS];
+    head h;
+    head_k(&h, p, half);
+    zero(total, rows);
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        x[i] = row_q(j, i) + 256 * b;
+    for (int c = 0; c < 8; c++, nibbles += NIBBLES, high += 64) {
+        zero(s, rows);
+        if (half == 0) ahead(nibbles, NIBBLES);
+        if (!five) {
+            UNROLL
+            for (int t = 0; t < 4; t++) {
+                const __m256i w = load(nibbles + 64 * t);
+                meet(s, _mm256_and_si256(w, low), x, 4 * t, rows);
+                meet(s, _mm256_and_si256(_mm256_srli_epi16(w, 4), low), x, 16 + 4 * t, rows);
+            }
+        } else {
+            /* all low nibbles, then all high ones: four five-bit codes a sum */
+            __m256i fifth = load(high), fifth_up = _mm256_slli_epi16(fifth, 4);
+            UNROLL
+            for (int t = 0; t < 4; t++) {
+                const __m256i w = _mm256_and_si256(load(nibbles + 64 * t), low);
+                meet(s, _mm256_or_si256(w, _mm256_and_si256(fifth_up, bit)), x, 4 * t, rows);
+                fifth_up = _mm256_srli_epi16(fifth_up, 1);
+            }
+            UNROLL
+            for (int i = 0; i < rows; i++)
+                total[i] = madd_add(total[i], s[i], h.sc[c]);
+            zero(s, rows);
+            UNROLL
+            for (int t = 0; t < 4; t++) {
+                const __m256i w =
+                    _mm256_and_si256(_mm256_srli_epi16(load(nibbles + 64 * t), 4), low);
+                meet(s, _mm256_or_si256(w, _mm256_and_si256(fifth, bit)), x, 16 + 4 * t, rows);
+                fifth = _mm256_srli_epi16(fifth, 1);
+            }
+        }
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            total[i] = madd_add(total[i], s[i], h.sc[c]);
+            x[i] += 32;
+        }
+    }
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        const int16_t *sums = row_sum32(j, i) + 8 * b;
+        __m256i mins = _mm256_setzero_si256();
+        UNROLL
+        for (int c = 0; c < 4; c++)
+            mins = madd_add(mins, h.min[c], word4(sums + 2 * c));
+        const __m256 t = _mm256_mul_ps(h.dmin, _mm256_cvtepi32_ps(mins));
+        v[i] = _mm256_fmsub_ps(h.d, _mm256_cvtepi32_ps(total[i]), t);
+    }
+    add_block(acc, rows, half, j, b, v);
+}
+
+INLINE void rows_k(const job *j, const int rows, const bool five)
+{
+    _Alignas(32) float acc[MAX_ROWS][16] = {{0}};
+    const uint8_t *p = j->panel;
+    for (int b = 0; b < j->a->k / 256; b++, p += five ? BLOCK_Q5_K : BLOCK_Q4_K) {
+        ahead(p, five ? 768 : 256);
+        block_k(j, rows, five, p, b, 0, acc);
+        block_k(j, rows, five, p, b, 1, acc);
+    }
+    store_rows(j, (const float(*)[16])acc, rows);
+}
+
+/* ---- Q6_K ---- */
+
+/* 16 weights: vectors 4u .. 4u+3 of the 32 at x, codes from nibbles (shifted by `shift`) and high.
+ */
+INLINE void six16(__m256i *total, const uint8_t *nibbles, const int shift, __m256i high,
+                  __m256i scale, const int8_t *const *x, const int at, const int rows)
+{
+    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30);
+    const __m256i up[4] = {_mm256_slli_epi16(high, 4), _mm256_slli_epi16(high, 2), high,
+                           _mm256_srli_epi16(high, 2)};
+    __m256i s[MAX_ROWS];
+    UNROLL
+    for (int t = 0; t < 4; t++) {
+        __m256i w = load(nibbles + 64 * t);
+        if (shift) w = _mm256_srli_epi16(w, 4);
+        w = _mm256_or_si256(_mm256_and_si256(w, low), _mm256_and_si256(up[t], two));
+        if (t % 2 == 0) zero(s, rows);
+        meet(s, w, x, at + 4 * t, rows);
+        if (t % 2 == 0) continue;
+        UNROLL
+        for (int i = 0; i < rows; i++)
+            total[i] = madd_add(total[i], s[i], scale);
+    }
+}
+
+INLINE void block_q6(const job *j, const int rows, const uint8_t *p, int b, const int half,
+                     float (*acc)[16])
+{
+    const uint8_t *high = p + 256 + 32 * half, *nibbles = p + 1280 + 32 * half;
+    const __m256i minus = _mm256_set1_epi32(-32);
+    const int8_t *x[MAX_ROWS];
+    __m256i total[MAX_ROWS], offset[MAX_ROWS];
+    __m256 v[MAX_ROWS];
+    zero(total, rows);
+    zero(offset, rows);
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        x[i] = row_q(j, i) + 256 * b;
+    for (int g = 0; g < 4; g++) { /* 64 weights, four scales in the bytes of each lane */
+        const __m256i scales = load(p + 64 * g + 32 * half);
+        UNROLL
+        for (int c = 0; c < 2; c++) {
+            UNROLL
+            for (int u = 0; u < 2; u++) {
+                const int n = 2 * c + u;
+                const __m256i scale =
+                    _mm256_srai_epi16(_mm256_shuffle_epi8(scales, pair_index_top(n, n)), 8);
+                six16(total, nibbles, 4 * u, load(high + 64 * u), scale, x, 16 * u, rows);
+            }
+            const __m256i both =
+                _mm256_srai_epi16(_mm256_shuffle_epi8(scales, pair_index_top(2 * c, 2 * c + 1)), 8);
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                offset[i] =
+                    madd_add(offset[i], both, word4(row_sum16(j, i) + 16 * b + 4 * g + 2 * c));
+                x[i] += 32;
+            }
+            if (half == 0) ahead(nibbles, NIBBLES);
+            nibbles += NIBBLES;
+            high += 128;
+        }
+    }
+    const __m256 d = half8(j->panel + 32 * (size_t)b + 16 * half);
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        total[i] = _mm256_add_epi32(total[i], _mm256_mullo_epi32(offset[i], minus));
+        v[i] = _mm256_mul_ps(d, _mm256_cvtepi32_ps(total[i]));
+    }
+    add_block(acc, rows, half, j, b, v);
+}
+
+INLINE size_t panel_head(int blocks)
+{
+    return ((size_t)blocks * 32 + 63) & ~(size_t)63;
+}
+
+INLINE void rows_q6_k(const job *j, const int rows)
+{
+    _Alignas(32) float acc[MAX_ROWS][16] = {{0}};
+    const int blocks = j->a->k / 256;
+    const uint8_t *p = j->panel + panel_head(blocks);
+    for (int b = 0; b < blocks; b++, p += BLOCK_Q6_K) {
+        ahead(p, 1280);
+        block_q6(j, rows, p, b, 0, acc);
+        block_q6(j, rows, p, b, 1, acc);
+    }
+    store_rows(j, (const float(*)[16])acc, rows);
+}
+
+/* ---- Q4_0, Q5_0, Q8_0, GPTQ4 ---- */
+
+/* 32 weights of eight columns into 32-bit sums, the zero point still inside (not for Q8_0). */
+INLINE void part_flat(__m256i *total, const uint8_t *p, const int type, const int8_t *const *x,
+                      const int rows)
+{
+    const __m256i low = _mm256_set1_epi8(15), bit = _mm256_set1_epi8(16);
+    const __m256i ones = _mm256_set1_epi16(1), flip = _mm256_set1_epi8((char)0x80);
+    __m256i s[MAX_ROWS];
+    if (type == KERN_Q8_0) {
+        UNROLL
+        for (int t = 0; t < 8; t++) {
+            const __m256i w = _mm256_xor_si256(load(p + 64 * t), flip), size = _mm256_abs_epi8(w);
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                const __m256i signed_x = _mm256_sign_epi8(word4(x[i] + 4 * t), w);
+                total[i] = madd_add(total[i], _mm256_maddubs_epi16(size, signed_x), ones);
+            }
+        }
+        return;
+    }
+    __m256i fifth = _mm256_setzero_si256();
+    if (type == KERN_Q5_0) {
+        fifth = load(p);
+        p += 64;
+    }
+    UNROLL
+    for (int nibble = 0; nibble < 2; nibble++) {
+        if (nibble == 0 || type == KERN_Q5_0) zero(s, rows);
+        UNROLL
+        for (int t = 0; t < 4; t++) {
+            __m256i w = load(p + 64 * t);
+            if (nibble) w = _mm256_srli_epi16(w, 4);
+            w = _mm256_and_si256(w, low);
+            if (type == KERN_Q5_0) {
+                const __m256i up =
+                    nibble ? _mm256_srli_epi16(fifth, t) : _mm256_slli_epi16(fifth, 4 - t);
+                w = _mm256_or_si256(w, _mm256_and_si256(up, bit));
+            }
+            meet(s, w, x, 16 * nibble + 4 * t, rows);
+        }
+        if (nibble == 0 && type != KERN_Q5_0) continue;
+        UNROLL
+        for (int i = 0; i < rows; i++)
+            total[i] = madd_add(total[i], s[i], ones);
+    }
+}
+
+INLINE void rows_flat(const job *j, const int rows, const int type)
+{
+    _Alignas(32) float acc[MAX_ROWS][16] = {{0}};
+    const int parts = type == KERN_GPTQ4 ? 4 : 1, blocks = j->a->k / (32 * parts);
+    const int bytes = type == KERN_Q8_0 ? 512 : type == KERN_Q5_0 ? 320 : 256;
+    const int zero_point = type == KERN_Q8_0 ? 0 : type == KERN_Q5_0 ? 16 : 8;
+    const uint8_t *p = j->panel + panel_head(blocks);
+    const int8_t *x[MAX_ROWS];
+    for (int b = 0; b < blocks; b++, p += bytes * parts) {
+        ahead(p, bytes);
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            const __m256 d = half8(j->panel + 32 * (size_t)b + 16 * half);
+            __m256i total[MAX_ROWS];
+            __m256 v[MAX_ROWS];
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                const int16_t *sums = row_sum32(j, i) + parts * b;
+                int32_t sum = 0;
+                for (int c = 0; c < parts && zero_point; c++)
+                    sum += sums[c];
+                total[i] = _mm256_set1_epi32(-zero_point * sum);
+                x[i] = row_q(j, i) + 32 * parts * b;
+            }
+            for (int part = 0; part < parts; part++) {
+                if (half == 0 && part > 0) ahead(p + part * bytes, bytes);
+                part_flat(total, p + part * bytes + 32 * half, type, x, rows);
+                UNROLL
+                for (int i = 0; i < rows; i++)
+                    x[i] += 32;
+            }
+            UNROLL
+            for (int i = 0; i < rows; i++)
+                v[i] = _mm256_mul_ps(d, _mm256_cvtepi32_ps(total[i]));
+            add_block(acc, rows, half, j, b, v);
+        }
+    }
+    store_rows(j, (const float(*)[16])acc, rows);
+}
+
+/* ---- floats ---- */
+
+INLINE void rows_float(const job *j, const int rows, const bool is_half)
+{
+    const uint8_t *p = j->panel;
+    const float *x[MAX_ROWS];
+    __m256 a[MAX_ROWS], c[MAX_ROWS];
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        x[i] = j->a->x + (size_t)(j->r + i) * j->a->ldx;
+        a[i] = c[i] = _mm256_setzero_ps();
+    }
+    for (int k = 0; k < j->a->k; k++, p += is_half ? 32 : 64) {
+        const __m256 w0 = is_half ? half8(p) : _mm256_loadu_ps((const float *)(const void *)p);
+        const __m256 w1 =
+            is_half ? half8(p + 16) : _mm256_loadu_ps((const float *)(const void *)(p + 32));
+        ahead(p, 64);
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            const __m256 v = _mm256_broadcast_ss(x[i] + k);
+            a[i] = _mm256_fmadd_ps(w0, v, a[i]);
+            c[i] = _mm256_fmadd_ps(w1, v, c[i]);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        float *y = j->y + (size_t)(j->r + i) * j->ldy;
+        _mm256_storeu_ps(y, a[i]);
+        _mm256_storeu_ps(y + 8, c[i]);
+    }
+}
+
+/* Per 32 weights an even and an odd chain, both kept in one half of the columns at a time. */
+INLINE void rows_bf16(const job *j, const int rows)
+{
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000U);
+    _Alignas(32) float acc[MAX_ROWS][16] = {{0}}, even[MAX_ROWS][16], odd[MAX_ROWS][16];
+    const uint8_t *p = j->panel;
+    for (int b = 0; b < (j->a->k + 31) / 32; b++, p += 1024) {
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            const uint16_t *h = j->a->h + (size_t)(j->r + i) * j->a->ldh + 32 * (size_t)b;
+            UNROLL
+            for (int c = 0; c < 2; c++) {
+                const __m256i x = load(h + 16 * c);
+                _mm256_store_si256((__m256i *)(even[i] + 8 * c), _mm256_slli_epi32(x, 16));
+                _mm256_store_si256((__m256i *)(odd[i] + 8 * c), _mm256_and_si256(x, upper));
+            }
+        }
+        for (int half = 0; half < 2; half++) {
+            __m256 e[MAX_ROWS], o[MAX_ROWS];
+            UNROLL
+            for (int i = 0; i < rows; i++)
+                e[i] = o[i] = _mm256_setzero_ps();
+            for (int t = 0; t < 16; t++) {
+                const __m256i w = load(p + 64 * t + 32 * half);
+                const __m256 we = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+                const __m256 wo = _mm256_castsi256_ps(_mm256_and_si256(w, upper));
+                if (half == 0) ahead(p + 64 * t, 64);
+                UNROLL
+                for (int i = 0; i < rows; i++) {
+                    e[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(&even[i][t]), we, e[i]);
+                    o[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(&odd[i][t]), wo, o[i]);
+                }
+            }
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                float *at = acc[i] + 8 * half;
+                _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), _mm256_add_ps(e[i], o[i])));
+            }
+        }
+    }
+    store_rows(j, (const float(*)[16])acc, rows);
+}
+
+/* ---- entries ---- */
+
+INLINE void rows_any(const job *j, const int rows, const int type)
+{
+    if (type == KERN_Q4_K || type == KERN_Q5_K)
+        rows_k(j, rows, type == KERN_Q5_K);
+    else if (type == KERN_Q6_K)
+        rows_q6_k(j, rows);
+    else if (type == KERN_BF16)
+        rows_bf16(j, rows);
+    else if (type == KERN_F32 || type == KERN_F16)
+        rows_float(j, rows, type == KERN_F16);
+    else
+        rows_flat(j, rows, type);
+}
+
+INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a, const int type)
+{
+    job j = {.y = y, .ldy = ldy, .panel = panel, .a = a};
+    for (; a->m - j.r >= MAX_ROWS; j.r += MAX_ROWS)
+        rows_any(&j, MAX_ROWS, type);
+    switch (a->m - j.r) {
+    case 3:
+        rows_any(&j, 3, type);
+        break;
+    case 2:
+        rows_any(&j, 2, type);
+        break;
+    case 1:
+        rows_any(&j, 1, type);
+        break;
+    default:
+        break;
+    }
+}
+
+static void q4_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q4_0);
+}
+
+static void q5_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q5_0);
+}
+
+static void q8_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q8_0);
+}
+
+static void q4_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q4_K);
+}
+
+static void q5_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q5_K);
+}
+
+static void q6_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_Q6_K);
+}
+
+static void gptq4(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_GPTQ4);
+}
+
+static void f32(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_F32);
+}
+
+static void f16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    all_rows(y, ldy, panel, a, KERN_F16);
+}
+
+static void bf16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    const unsigned saved = _mm_getcsr();
+    _mm_setcsr(saved | 0x8040); /* denormals are zero, going in and coming out */
+    all_rows(y, ldy, panel, a, KERN_BF16);
+    _mm_setcsr(saved);
+}
+
+const kern_gemm kern_gemm_avx2 = {.name = "avx2",
+                                  .q4_0 = q4_0,
+                                  .q5_0 = q5_0,
+                                  .q8_0 = q8_0,
+                                  .q4_k = q4_k,
+                                  .q5_k = q5_k,
+                                  .q6_k = q6_k,
+                                  .gptq4 = gptq4,
+                                  .f32 = f32,
+                                  .f16 = f16,
+                                  .bf16 = bf16};
