@@ -212,8 +212,31 @@ static void equal(const char *level, int type, int w_mode, int x_mode, int k)
     ep_free(panel);
 }
 
+/* 2^-126 - 1.5 * 2^-151 lies below the normal range but would be lifted to 2^-126 by rounding at
+ * the denormal spacing: it counts as denormal, and so as zero. */
+static void bf16_edge(const char *level)
+{
+    enum { K = 32, TWO_M63 = 64 << 7, TWO_M75_AND_HALF = 52 << 7 | 64, TWO_M76 = 51 << 7 };
+    static uint16_t file[16 * K], x[K + 32];
+    static _Alignas(64) uint8_t panel[K * 32];
+    float y[16];
+    x[0] = TWO_M63;
+    x[2] = TWO_M75_AND_HALF;
+    for (int n = 0; n < 16; n++) {
+        file[n * K] = TWO_M63;
+        file[n * K + 2] = n % 2 ? TWO_M76 | 0x8000 : 0;
+    }
+    kern_pack(KERN_BF16, 16, K, file, panel);
+    kern_rows rows = {.act = KERN_ACT_BF16, .m = 1, .k = K, .h = x, .ldh = K};
+    kern_gemm_now.bf16(y, 16, panel, &rows);
+    for (int n = 0; n < 16; n++)
+        if (y[n] != (n % 2 ? 0.0f : 0x1p-126f))
+            check_fail("%s BF16 at the edge of the normal range: %a", level, (double)y[n]);
+}
+
 void check_panels(const char *level)
 {
+    bf16_edge(level);
     for (int t = 0; t < check_n_types; t++) {
         int type = check_types[t];
         if (entry(&kern_gemm_now, type) == entry(&kern_gemm_scalar, type) &&
