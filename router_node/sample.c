@@ -130,10 +130,10 @@ static candidate get(candidates *c, int i)
 
 static bool all_finite(const float *x, int n)
 {
-    bool ok = true;
+    int bad = 0;
     for (int i = 0; i < n; i++)
-        ok = ok && fabsf(x[i]) <= FLT_MAX;
-    return ok;
+        bad += !(fabsf(x[i]) <= FLT_MAX);
+    return bad == 0;
 }
 
 /* Step 1; a result past the range of float stays finite, so that differences are defined. */
@@ -157,6 +157,15 @@ static int32_t best_of(const candidate *a, int n)
     int best = 0;
     for (int i = 1; i < n; i++) {
         if (a[i].x > a[best].x) best = i; /* ids ascend: of equals the lowest stays */
+    }
+    return best;
+}
+
+static int32_t best_logit(const float *logits, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++) {
+        if (logits[i] > logits[best]) best = i;
     }
     return best;
 }
@@ -219,6 +228,10 @@ ep_status router_sample(const router_sampling *p, const float *logits, int vocab
                         int32_t *token)
 {
     if (vocab <= 0 || !all_finite(logits, vocab)) return EP_ERR_INVALID;
+    if (p->temperature == 0.0f && p->repetition_penalty == 1.0f) {
+        *token = best_logit(logits, vocab);
+        return EP_OK;
+    }
     candidates c = {.a = scratch, .n = vocab, .n_heap = vocab};
     for (int i = 0; i < vocab; i++)
         c.a[i] = (candidate){logits[i], i};

@@ -136,6 +136,33 @@ static void test_golden_micro(void)
     golden_of("tests/golden/micro-f32.gguf");
 }
 
+/* A whole text: the reference's perplexity says how many positions it scored, context / 2 - 1 of
+ * each full chunk. */
+static void test_golden_text(void)
+{
+    char path[1024];
+    json_error_t error;
+    json_t *micro =
+        json_load_file(source_path(path, sizeof(path), "tests/golden/micro.json"), 0, &error);
+    json_t *perplexity = json_object_get(micro, "perplexity");
+    json_int_t tokens = json_integer_value(json_object_get(perplexity, "tokens"));
+    json_int_t context = json_integer_value(json_object_get(perplexity, "context"));
+    FILE *f = fopen(source_path(path, sizeof(path), "tests/golden/micro-held-out.txt"), "rb");
+    model_tokenizer *t = open_shipped("tests/golden/micro-f32.gguf");
+    CHECK(tokens > 0 && context > 2 && f != NULL);
+    char *text = ep_alloc(1 << 16);
+    if (f != NULL && t != NULL && text != NULL && context > 2) {
+        size_t len = fread(text, 1, 1 << 16, f), n;
+        CHECK(len > 1000 && len < 1 << 16);
+        ep_free(round_trip(t, text, len, true, &n));
+        CHECK_INT((json_int_t)n / context * (context / 2 - 1), tokens);
+    }
+    if (f != NULL) fclose(f);
+    ep_free(text);
+    model_tokenizer_close(t);
+    json_decref(micro);
+}
+
 static void test_shipped_roles(void)
 {
     model_tokenizer *t = open_shipped("deploy/demo/tinymoe-q4_k_m.gguf");
@@ -667,6 +694,7 @@ int main(int argc, char **argv)
     static const test_case cases[] = {
         {"golden_demo", test_golden_demo},
         {"golden_micro", test_golden_micro},
+        {"golden_text", test_golden_text},
         {"shipped_roles", test_shipped_roles},
         {"append", test_append},
         {"all_bytes", test_all_bytes},
