@@ -61,7 +61,8 @@ struct net {
     net_stats stats;
 };
 
-/* A buffer of at least `bytes`, len = 0; NULL when none is free (all in flight) or bytes is too large. */
+/* A buffer of at least `bytes`, len = 0; NULL when none is free (all in flight) or bytes is too large. A
+ * quarter of the buffers is kept for receiving, so that ranks which only send cannot block each other. */
 net_buf *net_take(net *n, size_t bytes);
 void net_give(net *n, net_buf *b);
 /* Sends b->len bytes to peer and takes b over, on every result but EP_AGAIN (no credit: b stays the
@@ -69,7 +70,8 @@ void net_give(net *n, net_buf *b);
 ep_status net_send(net *n, int peer, net_buf *b);
 /* The next complete message in order of arrival; EP_AGAIN when there is none. Also makes progress. */
 ep_status net_next(net *n, net_buf **out);
-/* Returns EP_OK when a message may be there or net_wake was called, EP_AGAIN when the deadline passed.
+/* Returns EP_OK when a message may be there, net_wake was called or (after a net_take or net_send that was
+ * refused) a send completed; EP_AGAIN when the deadline passed.
  * Polls for spin_us, then blocks without using the processor; while own sends are under way it keeps
  * making progress, yielding. */
 ep_status net_wait(net *n, ep_time deadline);
