@@ -1,0 +1,59 @@
+/*
+ * compute: finds the device table that serves a device name. The list below is tried in order for
+ * "auto"; a build without CUDA has one entry less and says so when a CUDA device is asked for by
+ * name.
+ *
+ * Keeps no state; everything a device owns lives in the object that its table opened.
+ */
+#include <string.h>
+#include "kernels/compute.h"
+
+static const compute_ops *const devices[] = {
+#ifdef MOED_CUDA
+    &compute_cuda,
+#endif
+    &compute_cpu,
+};
+
+enum { n_devices = sizeof devices / sizeof devices[0] };
+
+/* "cuda:1" is of kind "cuda"; "cpu" of kind "cpu". */
+static bool is_kind(const char *device, const char *kind)
+{
+    size_t n = strlen(kind);
+    return strncmp(device, kind, n) == 0 && (device[n] == '\0' || device[n] == ':');
+}
+
+static ep_status open_auto(const compute_ops **ops, compute **out, int n_threads, ep_err *err)
+{
+    ep_status s = EP_ERR_UNSUPPORTED;
+    for (int i = 0; i < n_devices; i++) {
+        const char *device = strcmp(devices[i]->kind, "cpu") == 0 ? "cpu" : "cuda:0";
+        ep_err why = {{0}};
+        s = devices[i]->can_open(device, &why);
+        if (s == EP_OK) s = devices[i]->open(out, device, n_threads, err);
+        if (s == EP_OK) {
+            *ops = devices[i];
+            return EP_OK;
+        }
+        if (why.text[0] != '\0') log_debug("device auto: %s: %s", device, why.text);
+    }
+    return s;
+}
+
+ep_status compute_open(const compute_ops **ops, compute **out, const char *device, int n_threads,
+                       ep_err *err)
+{
+    if (device == NULL || strcmp(device, "auto") == 0) return open_auto(ops, out, n_threads, err);
+    for (int i = 0; i < n_devices; i++) {
+        if (!is_kind(device, devices[i]->kind)) continue;
+        ep_status s = devices[i]->can_open(device, err);
+        if (s == EP_OK) s = devices[i]->open(out, device, n_threads, err);
+        if (s == EP_OK) *ops = devices[i];
+        return s;
+    }
+    if (is_kind(device, "cuda"))
+        return ep_fail(err, EP_ERR_UNSUPPORTED, "device %s: this moed was built without CUDA",
+                       device);
+    return ep_fail(err, EP_ERR_INVALID, "device \"%s\": valid are cpu, cuda:N and auto", device);
+}

@@ -1,0 +1,233 @@
+/*
+ * compute_cpu: the CPU behind the device contract. A stack is two large mappings of packed weights;
+ * a pass is one kern_ffn over a scratch area that reserve made big enough for every stack, so that
+ * ffn neither allocates nor fails on valid arguments.
+ *
+ * Arguments that depend on what a peer sent (row and pair counts, offsets) are checked here once
+ * more, since a wrong one would write outside `out`. It does not convert rows, and knows nothing of
+ * layers.
+ */
+#include <stdio.h>
+#include <string.h>
+#include "kernels/compute.h"
+#include "kernels/kernels.h"
+
+struct compute {
+    ep_pool *pool;
+    char line[64];
+    compute_stack *stacks; /* every open one, for the size of the scratch */
+    void *scratch;
+    size_t scratch_bytes;
+    int max_rows, max_pairs;
+};
+
+struct compute_stack {
+    kern_stack s;
+    compute *owner;
+    compute_stack *next;
+    size_t gate_up_bytes, down_bytes;
+};
+
+static ep_status cpu_can_open(const char *device, ep_err *err)
+{
+    if (strcmp(device, "cpu") == 0) return EP_OK;
+    return ep_fail(err, EP_ERR_INVALID, "device \"%s\": the CPU is named cpu, without a number",
+                   device);
+}
+
+static void cpu_close(compute *c)
+{
+    if (c == NULL) return;
+    ep_unmap(c->scratch, c->scratch_bytes);
+    ep_pool_close(c->pool);
+    ep_free(c);
+}
+
+static ep_status cpu_open(compute **out, const char *device, int n_threads, ep_err *err)
+{
+    ep_status s = cpu_can_open(device, err);
+    if (s != EP_OK) return s;
+    if (n_threads < 1) return ep_fail(err, EP_ERR_INVALID, "device cpu: %d threads", n_threads);
+    compute *c = ep_calloc(1, sizeof *c);
+    if (c == NULL) return ep_fail(err, EP_ERR_NOMEM, "device cpu: no memory");
+    s = ep_pool_open(&c->pool, n_threads);
+    if (s != EP_OK) {
+        ep_fail(err, s, "device cpu: cannot start %d threads", n_threads);
+        goto fail;
+    }
+    snprintf(c->line, sizeof c->line, "cpu, %s, %d thread%s", kern_level(), n_threads,
+             n_threads == 1 ? "" : "s");
+    *out = c;
+    return EP_OK;
+fail:
+    cpu_close(c);
+    return s;
+}
+
+static const char *cpu_describe(compute *c)
+{
+    return c->line;
+}
+
+static void cpu_stack_close(compute_stack *s)
+{
+    if (s == NULL) return;
+    for (compute_stack **at = &s->owner->stacks; *at != NULL; at = &(*at)->next) {
+        if (*at != s) continue;
+        *at = s->next;
+        break;
+    }
+    ep_unmap(s->s.gate_up, s->gate_up_bytes);
+    ep_unmap(s->s.down, s->down_bytes);
+    ep_free(s);
+}
+
+static ep_status check_matrix(const char *role, int type, int k, ep_err *err)
+{
+    if (!kern_type_is_served(type)) {
+        const char *name = kern_type_name(type);
+        return ep_fail(err, EP_ERR_UNSUPPORTED,
+                       "%s: weights of type %d (%s) cannot be computed with", role, type,
+                       name != NULL ? name : "unknown");
+    }
+    if (k <= 0 || k > 65536 || k % kern_type_block(type) != 0)
+        return ep_fail(err, EP_ERR_UNSUPPORTED,
+                       "%s: rows of %d weights; %s needs a multiple of %d up "
+                       "to 65536",
+                       role, k, kern_type_name(type), kern_type_block(type));
+    return EP_OK;
+}
+
+static ep_status check_shape(const compute_shape *p, ep_err *err)
+{
+    ep_status s = check_matrix("gate", p->gate_type, p->hidden, err);
+    if (s == EP_OK) s = check_matrix("up", p->up_type, p->hidden, err);
+    if (s == EP_OK) s = check_matrix("down", p->down_type, p->inter, err);
+    if (s != EP_OK) return s;
+    if (p->hidden % KERN_PANEL != 0 || p->inter % KERN_PANEL != 0)
+        return ep_fail(err, EP_ERR_UNSUPPORTED,
+                       "hidden %d and intermediate size %d must be multiples "
+                       "of %d",
+                       p->hidden, p->inter, KERN_PANEL);
+    if (p->n_experts < 1)
+        return ep_fail(err, EP_ERR_INVALID, "a stack of %d experts", p->n_experts);
+    return EP_OK;
+}
+
+static ep_status cpu_stack_open(compute *c, const compute_shape *shape, compute_stack **out,
+                                ep_err *err)
+{
+    ep_status status = check_shape(shape, err);
+    if (status != EP_OK) return status;
+    compute_stack *s = ep_calloc(1, sizeof *s);
+    if (s == NULL) return ep_fail(err, EP_ERR_NOMEM, "no memory for a stack");
+    kern_stack_shape(&s->s, shape->gate_type, shape->up_type, shape->down_type, shape->hidden,
+                     shape->inter, shape->n_experts);
+    s->owner = c;
+    size_t n = (size_t)shape->n_experts;
+    s->gate_up_bytes = s->s.gate_up_stride * n;
+    s->down_bytes = s->s.down_stride * n;
+    s->s.gate_up = ep_map(s->gate_up_bytes);
+    s->s.down = s->s.gate_up != NULL ? ep_map(s->down_bytes) : NULL;
+    if (s->s.down == NULL) {
+        ep_fail(err, EP_ERR_NOMEM, "no memory for %d experts (%zu MiB)", shape->n_experts,
+                (s->gate_up_bytes + s->down_bytes) >> 20);
+        cpu_stack_close(s);
+        return EP_ERR_NOMEM;
+    }
+    s->next = c->stacks;
+    c->stacks = s;
+    *out = s;
+    return EP_OK;
+}
+
+static ep_status cpu_stack_load(compute_stack *s, int expert_i, const void *gate, const void *up,
+                                const void *down, uint64_t *checksum)
+{
+    if (expert_i < 0 || expert_i >= s->s.n_experts) return EP_ERR_INVALID;
+    kern_stack_put(&s->s, expert_i, gate, up, down);
+    *checksum = kern_stack_checksum(&s->s, expert_i);
+    return EP_OK;
+}
+
+static uint64_t cpu_stack_checksum(compute_stack *s, int expert_i)
+{
+    return kern_stack_checksum(&s->s, expert_i);
+}
+
+static kern_act cpu_stack_act(const compute_stack *s)
+{
+    return kern_stack_act(&s->s);
+}
+
+static size_t cpu_stack_bytes(const compute_stack *s)
+{
+    return s->gate_up_bytes + s->down_bytes;
+}
+
+static ep_status cpu_reserve(compute *c, int max_rows, int max_pairs)
+{
+    size_t need = 0;
+    for (compute_stack *s = c->stacks; s != NULL; s = s->next) {
+        size_t bytes = kern_ffn_scratch_bytes(&s->s, max_rows, max_pairs, ep_pool_size(c->pool));
+        if (bytes > need) need = bytes;
+    }
+    if (need > c->scratch_bytes) {
+        void *p = ep_map(need);
+        if (p == NULL) return EP_ERR_NOMEM;
+        ep_unmap(c->scratch, c->scratch_bytes);
+        c->scratch = p;
+        c->scratch_bytes = need;
+    }
+    c->max_rows = max_rows;
+    c->max_pairs = max_pairs;
+    return EP_OK;
+}
+
+/* Offsets ascend from 0 to n_pairs, and every pair names a row and a place that exist. */
+static bool is_sound(const compute_ffn_args *a, int n_experts)
+{
+    if (a->n_rows < 0 || a->n_pairs < 0 || a->expert_offset[0] != 0) return false;
+    for (int e = 0; e < n_experts; e++)
+        if (a->expert_offset[e] > a->expert_offset[e + 1]) return false;
+    if (a->expert_offset[n_experts] != a->n_pairs) return false;
+    for (int i = 0; i < a->n_pairs; i++) {
+        if (a->pair_row[i] < 0 || a->pair_row[i] >= a->n_rows) return false;
+        if (a->pair_out[i] < 0 || a->pair_out[i] >= a->n_pairs) return false;
+    }
+    return true;
+}
+
+static ep_status cpu_ffn(compute *c, compute_stack *s, const compute_ffn_args *a)
+{
+    if (a->n_rows > c->max_rows || a->n_pairs > c->max_pairs) return EP_ERR_TOO_LARGE;
+    if (a->act != KERN_ACT_F32 && a->act != kern_stack_act(&s->s)) return EP_ERR_INVALID;
+    if (!is_sound(a, s->s.n_experts)) return EP_ERR_INVALID;
+    if (a->n_pairs == 0) return EP_OK;
+    kern_ffn_args args = {.rows = a->rows,
+                          .act = a->act,
+                          .n_rows = a->n_rows,
+                          .n_pairs = a->n_pairs,
+                          .expert_offset = a->expert_offset,
+                          .pair_row = a->pair_row,
+                          .pair_out = a->pair_out,
+                          .out = a->out};
+    kern_ffn(c->pool, &s->s, &args, c->scratch);
+    return EP_OK;
+}
+
+const compute_ops compute_cpu = {
+    .kind = "cpu",
+    .can_open = cpu_can_open,
+    .open = cpu_open,
+    .close = cpu_close,
+    .describe = cpu_describe,
+    .stack_open = cpu_stack_open,
+    .stack_load = cpu_stack_load,
+    .stack_checksum = cpu_stack_checksum,
+    .stack_act = cpu_stack_act,
+    .stack_bytes = cpu_stack_bytes,
+    .stack_close = cpu_stack_close,
+    .reserve = cpu_reserve,
+    .ffn = cpu_ffn,
+};
