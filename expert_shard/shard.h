@@ -38,7 +38,9 @@ void shard_stop(shard *s);  /* any thread */
 void shard_drain(shard *s); /* any thread: finish, then return from shard_serve */
 
 /* One slice in, one reply or error out, without a transport (tests, benchmarks). `reply` has room for
- * wire_reply_bytes; *reply_bytes is set in every case: bad input gives a WIRE_ERROR message. */
+ * wire_reply_bytes; *reply_bytes is set in every case: bad input gives a WIRE_ERROR message, WIRE_HELLO a
+ * WIRE_HELLO, and a WIRE_ERROR nothing (0). Both buffers are aligned to 8 bytes. `sender` is named in the
+ * answer to a message too short to name its router. */
 void shard_answer(shard *s, const void *msg, size_t msg_bytes, uint16_t sender, void *reply, size_t *reply_bytes);
 
 typedef struct shard_layer_counters {
@@ -50,6 +52,7 @@ typedef struct shard_counters {
     uint64_t *expert_pairs;       /* [n_layers * n_owned] in local expert order */
     int n_layers, n_owned;
     uint64_t wait_ns, errors[32]; /* by wire_reason */
+    uint64_t unsent;              /* replies given up: no buffer or credit in time, or the peer is gone */
     uint64_t weight_bytes;        /* packed experts held */
 } shard_counters;
 /* A view whose numbers keep changing (each is written by the serving thread only). */

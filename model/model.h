@@ -31,6 +31,10 @@ ep_status model_file_open(model_file **out, const char *path, ep_err *err);
 ep_status model_file_open_bytes(model_file **out, const void *data, size_t n, ep_err *err);
 void model_file_close(model_file *f);
 
+/* Lets go of the pages of a mapped file around these bytes: they leave this process's memory (not the page
+ * cache) and are read again when touched. Nothing happens to a file in memory. Any thread. */
+void model_file_forget(const model_file *f, const void *p, size_t bytes);
+
 size_t model_file_n_tensors(const model_file *f);
 const model_tensor *model_file_tensor(const model_file *f, size_t i);
 const model_tensor *model_file_find(const model_file *f, const char *name); /* NULL: absent */

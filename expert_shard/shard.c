@@ -1,0 +1,279 @@
+/*
+ * A shard as an object: open, close, and one slice in, one reply or error out. Invariant: a slice
+ * is checked completely before any of its numbers is used as an index or a size, and every refusal
+ * becomes a WIRE_ERROR to the sender and a count by reason. Nothing is allocated after open. No
+ * state outlives a slice but counters, so a slice may come twice and rows never meet each other.
+ *
+ * Order of checks: envelope (wire_open), kind, epoch and shard, layer, form and hidden size,
+ * counts, then each pair. A wrong shard index answers as a wrong epoch (the sender follows another
+ * placement), a wrong hidden size as a wrong form, a slot out of range as a wrong row. It moves no
+ * messages: serve.c does.
+ */
+#include "expert_shard/store.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_ROWS 65536 /* of one slice; far above any useful step, keeps every size within int */
+
+void shard_count(uint64_t *counter, uint64_t more)
+{
+    __atomic_store_n(counter, *counter + more, __ATOMIC_RELAXED);
+}
+
+/* ---- open and close -----------------------------------------------------------------------------
+ */
+
+static ep_status check_options(const shard_options *opt, ep_err *err)
+{
+    if (opt->m == NULL || opt->placement == NULL || opt->device == NULL)
+        return ep_fail(err, EP_ERR_INVALID, "shard: model, placement and device are required");
+    const model_placement *p = opt->placement;
+    const model_shape *shape = &opt->m->shape;
+    if (opt->shard_i < 0 || opt->shard_i >= p->n_shards)
+        return ep_fail(err, EP_ERR_INVALID, "shard %d: the placement has %d shards", opt->shard_i,
+                       p->n_shards);
+    if (p->n_experts != shape->n_experts)
+        return ep_fail(err, EP_ERR_INVALID, "shard %d: placement of %d experts, the model has %d",
+                       opt->shard_i, p->n_experts, shape->n_experts);
+    if (shape->n_layers > UINT16_MAX || shape->n_experts > INT16_MAX || shape->top_k < 1)
+        return ep_fail(err, EP_ERR_UNSUPPORTED, "shard %d: %d layers, %d experts, top %d",
+                       opt->shard_i, shape->n_layers, shape->n_experts, shape->top_k);
+    if (opt->max_rows < 1 || opt->max_rows > MAX_ROWS)
+        return ep_fail(err, EP_ERR_INVALID, "shard %d: max_rows %d, 1 to %d are possible",
+                       opt->shard_i, opt->max_rows, MAX_ROWS);
+    if (opt->n_threads < 1)
+        return ep_fail(err, EP_ERR_INVALID, "shard %d: %d threads", opt->shard_i, opt->n_threads);
+    return EP_OK;
+}
+
+static ep_status open_scratch(shard *s, ep_err *err)
+{
+    size_t n_owned = (size_t)s->store.n_owned, n_layers = (size_t)s->store.n_layers;
+    int per_row = s->top_k < s->store.n_owned ? s->top_k : s->store.n_owned;
+    int64_t pairs = (int64_t)s->max_rows * per_row;
+    if (pairs > INT32_MAX)
+        return ep_fail(err, EP_ERR_TOO_LARGE, "shard %d: %d rows of %d experts are too many pairs",
+                       s->shard_i, s->max_rows, per_row);
+    s->max_pairs = (int)pairs;
+    size_t n_pairs = (size_t)pairs;
+    s->pair_local = ep_calloc(n_pairs, sizeof(int32_t));
+    s->pair_row = ep_calloc(n_pairs, sizeof(int32_t));
+    s->pair_out = ep_calloc(n_pairs, sizeof(int32_t));
+    s->expert_offset = ep_calloc(n_owned + 1, sizeof(int32_t));
+    s->next = ep_calloc(n_owned, sizeof(int32_t));
+    s->counters.layers = ep_calloc(n_layers, sizeof(*s->counters.layers));
+    s->counters.expert_pairs = ep_calloc(n_layers * n_owned, sizeof(uint64_t));
+    if (s->pair_local == NULL || s->pair_row == NULL || s->pair_out == NULL ||
+        s->expert_offset == NULL || s->next == NULL || s->counters.layers == NULL ||
+        s->counters.expert_pairs == NULL)
+        return ep_fail(err, EP_ERR_NOMEM, "shard %d: no memory for slices of %d rows", s->shard_i,
+                       s->max_rows);
+    s->counters.n_layers = s->store.n_layers;
+    s->counters.n_owned = s->store.n_owned;
+    s->counters.weight_bytes = s->store.weight_bytes;
+    if (s->store.n_owned == 0) return EP_OK;
+    ep_status status = s->store.ops->reserve(s->store.device, s->max_rows, s->max_pairs);
+    if (status != EP_OK)
+        return ep_fail(err, status, "shard %d: scratch for %d rows, %d pairs: %s", s->shard_i,
+                       s->max_rows, s->max_pairs, ep_status_name(status));
+    return EP_OK;
+}
+
+ep_status shard_open(shard **out, const shard_options *opt, ep_err *err)
+{
+    ep_status status = check_options(opt, err);
+    if (status != EP_OK) return status;
+    shard *s = ep_calloc(1, sizeof(*s));
+    if (s == NULL) return ep_fail(err, EP_ERR_NOMEM, "no memory for shard %d", opt->shard_i);
+    s->placement = opt->placement;
+    s->shard_i = opt->shard_i;
+    s->hidden = opt->m->shape.hidden;
+    s->top_k = opt->m->shape.top_k;
+    s->max_rows = opt->max_rows;
+    if (pthread_mutex_init(&s->lock, NULL) != 0) {
+        status = ep_fail(err, EP_ERR_NOMEM, "no lock for shard %d", opt->shard_i);
+        goto fail;
+    }
+    s->has_lock = true;
+    status = shard_store_init(&s->store, opt, err);
+    if (status != EP_OK) goto fail;
+    status = open_scratch(s, err);
+    if (status != EP_OK) goto fail;
+    *out = s;
+    return EP_OK;
+fail:
+    shard_close(s);
+    return status;
+}
+
+void shard_close(shard *s)
+{
+    if (s == NULL) return;
+    shard_store_fini(&s->store);
+    ep_free(s->pair_local);
+    ep_free(s->pair_row);
+    ep_free(s->pair_out);
+    ep_free(s->expert_offset);
+    ep_free(s->next);
+    ep_free(s->counters.layers);
+    ep_free(s->counters.expert_pairs);
+    if (s->has_lock) pthread_mutex_destroy(&s->lock);
+    ep_free(s);
+}
+
+const shard_counters *shard_counters_get(const shard *s)
+{
+    return &s->counters;
+}
+
+uint64_t shard_expert_checksum(const shard *s, int layer, int local_expert)
+{
+    return s->store.checksums[(size_t)layer * (size_t)s->store.n_owned + (size_t)local_expert];
+}
+
+const char *shard_describe(const shard *s)
+{
+    return s->store.ops->describe(s->store.device);
+}
+
+kern_act shard_layer_form(const shard *s, int layer)
+{
+    return s->store.forms[layer];
+}
+
+/* ---- one slice ----------------------------------------------------------------------------------
+ */
+
+static wire_reason check_header(const shard *s, const wire_header *h)
+{
+    if (h->epoch != s->placement->epoch || h->shard != s->shard_i) return WIRE_WHY_EPOCH;
+    if (h->layer >= s->store.n_layers) return WIRE_WHY_LAYER;
+    if (h->hidden != (uint32_t)s->hidden) return WIRE_WHY_FORM;
+    if (h->form != s->store.forms[h->layer] && h->form != KERN_ACT_F32) return WIRE_WHY_FORM;
+    if (s->store.n_owned == 0) return WIRE_WHY_EXPERT;
+    if (h->n_rows == 0 || h->n_rows > (uint32_t)s->max_rows) return WIRE_WHY_COUNT;
+    if (h->n_pairs == 0 || h->n_pairs > (uint32_t)s->max_pairs) return WIRE_WHY_COUNT;
+    return WIRE_WHY_NONE;
+}
+
+/* Checks the pairs and sorts them by local expert, keeping the slice's order within an expert. */
+static wire_reason sort_pairs(shard *s, const void *msg, const wire_header *h)
+{
+    const model_placement *p = s->placement;
+    int n_owned = s->store.n_owned;
+    memset(s->expert_offset, 0, ((size_t)n_owned + 1) * sizeof(int32_t));
+    for (uint32_t i = 0; i < h->n_pairs; i++) {
+        wire_pair pair = wire_slice_pair(msg, h, i);
+        if (pair.expert >= p->n_experts || p->owner[pair.expert] != s->shard_i)
+            return WIRE_WHY_EXPERT;
+        if (pair.row >= h->n_rows || pair.slot >= s->top_k) return WIRE_WHY_ROW;
+        s->pair_local[i] = p->local[pair.expert];
+        s->expert_offset[s->pair_local[i] + 1]++;
+    }
+    for (int e = 0; e < n_owned; e++) {
+        s->next[e] = s->expert_offset[e];
+        s->expert_offset[e + 1] += s->expert_offset[e];
+    }
+    for (uint32_t i = 0; i < h->n_pairs; i++) {
+        int32_t at = s->next[s->pair_local[i]]++;
+        s->pair_row[at] = (int32_t)wire_slice_pair(msg, h, i).row;
+        s->pair_out[at] = (int32_t)i;
+    }
+    return WIRE_WHY_NONE;
+}
+
+static wire_reason compute_slice(shard *s, const void *msg, const wire_header *h, void *reply)
+{
+    wire_reason why = sort_pairs(s, msg, h);
+    if (why != WIRE_WHY_NONE) return why;
+    compute_ffn_args args = {.rows = wire_slice_rows(msg, h),
+                             .act = (kern_act)h->form,
+                             .n_rows = (int)h->n_rows,
+                             .n_pairs = (int)h->n_pairs,
+                             .expert_offset = s->expert_offset,
+                             .pair_row = s->pair_row,
+                             .pair_out = s->pair_out,
+                             .out = (float *)((uint8_t *)reply + WIRE_HEADER_BYTES)};
+    ep_status status = s->store.ops->ffn(s->store.device, s->store.stacks[h->layer], &args);
+    if (status == EP_OK) return WIRE_WHY_NONE;
+    if (!s->device_failed)
+        log_error("shard %d, layer %d: the device failed: %s", s->shard_i, h->layer,
+                  ep_status_name(status));
+    s->device_failed = true;
+    return WIRE_WHY_DEVICE;
+}
+
+static void count_slice(shard *s, const wire_header *h, size_t bytes_in, size_t bytes_out,
+                        uint64_t ns)
+{
+    shard_layer_counters *c = &s->counters.layers[h->layer];
+    shard_count(&c->slices, 1);
+    shard_count(&c->rows, h->n_rows);
+    shard_count(&c->pairs, h->n_pairs);
+    shard_count(&c->bytes_in, bytes_in);
+    shard_count(&c->bytes_out, bytes_out);
+    shard_count(&c->compute_ns, ns);
+    uint64_t *pairs = &s->counters.expert_pairs[(size_t)h->layer * (size_t)s->store.n_owned];
+    for (int e = 0; e < s->store.n_owned; e++)
+        shard_count(&pairs[e], (uint64_t)(s->expert_offset[e + 1] - s->expert_offset[e]));
+}
+
+/* An answer without payload: the header of what came, so that the sender knows what is meant. */
+static void answer_short(const wire_header *h, wire_kind kind, wire_reason why, void *reply,
+                         size_t *reply_bytes)
+{
+    wire_header answer = *h;
+    answer.kind = (uint16_t)kind;
+    answer.reason = (uint16_t)why;
+    answer.form = 0;
+    answer.n_rows = answer.n_pairs = answer.hidden = answer.flags = 0;
+    *reply_bytes = WIRE_HEADER_BYTES;
+    wire_seal(reply, *reply_bytes, &answer);
+}
+
+void shard_answer_waited(shard *s, const void *msg, size_t msg_bytes, uint16_t sender,
+                         uint64_t wait_ns, void *reply, size_t *reply_bytes)
+{
+    ep_time begin = ep_now();
+    wire_header h = {0};
+    wire_reason why = WIRE_WHY_NONE;
+    ep_status status = wire_open(msg, msg_bytes, &h, &why);
+    if (msg_bytes < WIRE_HEADER_BYTES) h.router = sender;
+    *reply_bytes = 0;
+    shard_count(&s->counters.wait_ns, wait_ns);
+    h.wait_ns = wait_ns;
+    h.compute_ns = 0;
+    if (status == EP_OK && h.kind == WIRE_HELLO) {
+        h.shard = (uint16_t)s->shard_i;
+        h.epoch = s->placement->epoch;
+        answer_short(&h, WIRE_HELLO, WIRE_WHY_NONE, reply, reply_bytes);
+        return;
+    }
+    if (status == EP_OK && h.kind != WIRE_SLICE) {
+        status = EP_ERR_PROTO;
+        why = WIRE_WHY_KIND;
+    }
+    if (status == EP_OK) why = check_header(s, &h);
+    if (why == WIRE_WHY_NONE) why = compute_slice(s, msg, &h, reply);
+    if (why != WIRE_WHY_NONE) {
+        shard_count(&s->counters.errors[why], 1);
+        /* An error that answers an error could go back and forth for ever. */
+        if (h.kind != WIRE_ERROR) answer_short(&h, WIRE_ERROR, why, reply, reply_bytes);
+        return;
+    }
+    uint64_t ns = (uint64_t)ep_time_diff_ns(ep_now(), begin);
+    *reply_bytes = wire_reply_bytes(h.hidden, h.n_pairs);
+    count_slice(s, &h, msg_bytes, *reply_bytes, ns);
+    h.kind = WIRE_REPLY;
+    h.form = KERN_ACT_F32;
+    h.reason = WIRE_WHY_NONE;
+    h.compute_ns = ns;
+    wire_seal(reply, *reply_bytes, &h);
+}
+
+void shard_answer(shard *s, const void *msg, size_t msg_bytes, uint16_t sender, void *reply,
+                  size_t *reply_bytes)
+{
+    shard_answer_waited(s, msg, msg_bytes, sender, 0, reply, reply_bytes);
+}
