@@ -1,12 +1,12 @@
 /*
  * The stacked product of a layer: down(silu(gate x) * up x) for every (row, expert) pair.
  *
- * Four phases with a barrier between them: rows are prepared (once per form that gate and up want),
+ * Phases with a barrier between them: rows are prepared (once per form that gate and up want),
  * gathered by pair, multiplied by gate and up, and the hidden values, quantised again, by down. In
- * the two product phases work is cut into pieces (rows of one expert, a range of its panels) of
- * about equal time, taken from a counter in ascending order: each thread streams weights, a thread
- * that a neighbour slows takes fewer, and at 1 row as at 4096 all end within one piece of each
- * other.
+ * the two product phases all panels of all experts lie on one line of cost, in bytes of cold
+ * weights, known in advance; threads take stretches of it, long ones first (so that each streams
+ * its weights) and ever shorter ones, so that at 1 row as at 4096 all end within a panel of each
+ * other, also when a neighbour slows one of them.
  *
  * Every output element is made by one panel call from one row, so results depend on neither the
  * cut nor the company. Nothing is allocated: the scratch is the caller's.
@@ -19,15 +19,17 @@
 #include <string.h>
 
 enum {
-    MAX_ROWS = 64,           /* rows in one panel call: they and their results stay in the caches */
-    PIECE_COST = 100 * 1024, /* about a piece's size, in bytes of cold weights */
-    ROW_COST = 40 /* a row's multiplications with this many weights cost a byte, in 1/1024 */
+    CALL_ROWS = 128,       /* rows in one panel call: their results stay in L1 */
+    GROUP_ROWS = 512,      /* rows that meet a panel one after another: they stay in L2 */
+    ROW_SHARE = 26,        /* a row times 1024 weights costs as much as reading so many bytes */
+    LEAST_COST = 48 * 1024 /* shortest stretch worth a start of its own */
 };
 
-/* The rows of one expert that one piece multiplies, and how its panels are cut. */
+/* Rows of one expert: pairs first .. first+m-1. Its panels lie at cost at[phase] + i * step[phase]
+ * on the line of each product phase (0: gate and up, 1: down). */
 typedef struct group {
-    int32_t expert, first, m; /* pairs first .. first+m-1 */
-    int32_t piece[2];         /* index of its first piece in the gate-up and the down phase */
+    int32_t expert, first, m;
+    uint64_t at[2], step[2];
 } group;
 
 typedef struct job {
@@ -41,9 +43,10 @@ typedef struct job {
     uint8_t *row_records[2], *pair_records[2], *mid_records;
     float *h; /* [n_pairs, inter] */
     group *groups;
-    int n_groups; /* groups[n_groups] ends the list with the numbers of pieces */
+    int n_groups; /* groups[n_groups].at: the ends of the lines */
     ep_pool *pool;
-    _Atomic int next[5];
+    _Atomic int next[3];       /* rows, pairs and hidden rows taken */
+    _Atomic uint64_t taken[2]; /* of the two lines */
 } job;
 
 static size_t lines(size_t bytes)
@@ -64,7 +67,7 @@ static int forms_of(const kern_stack *s, kern_record in[2])
 static size_t max_groups(const kern_stack *s, size_t n_pairs)
 {
     size_t experts = n_pairs < (size_t)s->n_experts ? n_pairs : (size_t)s->n_experts;
-    return experts + n_pairs / MAX_ROWS + 1;
+    return experts + n_pairs / GROUP_ROWS + 1;
 }
 
 typedef struct layout {
@@ -105,21 +108,12 @@ static int imin(int a, int b)
     return a < b ? a : b;
 }
 
-/* Panels (or gate-up panel pairs) in a piece: `bytes` and `weights` of one, m rows. */
-static int panels_per_piece(size_t bytes, size_t weights, int m, int n_panels)
+/* Cost of a panel of down, or of gate and up together, with m rows. */
+static uint64_t panel_cost(const job *j, int phase, int m)
 {
-    size_t cost = bytes + weights * (size_t)m * ROW_COST / 1024;
-    int n = (int)(PIECE_COST / (cost ? cost : 1));
-    return n < 1 ? 1 : imin(n, n_panels);
-}
-
-static int piece_panels(const job *j, int phase, int m)
-{
-    const kern_stack *s = j->s;
-    if (phase == 0)
-        return panels_per_piece(j->gate_panel + j->up_panel, (size_t)s->hidden * 32, m,
-                                s->inter / KERN_PANEL);
-    return panels_per_piece(j->down_panel, (size_t)s->inter * 16, m, s->hidden / KERN_PANEL);
+    uint64_t bytes = phase == 0 ? j->gate_panel + j->up_panel : j->down_panel;
+    uint64_t weights = (uint64_t)(phase == 0 ? 2 * j->s->hidden : j->s->inter) * KERN_PANEL;
+    return bytes + weights * (uint64_t)m * ROW_SHARE / 1024;
 }
 
 static int panels_of(const job *j, int phase)
@@ -129,26 +123,22 @@ static int panels_of(const job *j, int phase)
 
 static void cut(job *j)
 {
-    int pieces[2] = {0, 0};
+    uint64_t end[2] = {0, 0};
     for (int e = 0; e < j->s->n_experts; e++) {
-        int first = j->a->expert_offset[e], total = j->a->expert_offset[e + 1] - first;
-        int chunks = (total + MAX_ROWS - 1) / MAX_ROWS;
-        for (int c = 0; c < chunks; c++) {
-            /* chunks of equal size, rounded to whole tiles of 16 rows where that is possible */
-            int size = ((total + chunks - 1) / chunks + 15) & ~15;
-            int at = imin(c * size, total), m = imin(size, total - at);
-            if (m <= 0) break;
+        int at = j->a->expert_offset[e], last = j->a->expert_offset[e + 1];
+        for (int parts = (last - at + GROUP_ROWS - 1) / GROUP_ROWS; parts > 0; parts--) {
             group *g = &j->groups[j->n_groups++];
-            *g = (group){.expert = e, .first = first + at, .m = m};
+            *g = (group){.expert = e, .first = at, .m = (last - at) / parts};
             for (int phase = 0; phase < 2; phase++) {
-                int per = piece_panels(j, phase, m);
-                g->piece[phase] = pieces[phase];
-                pieces[phase] += (panels_of(j, phase) + per - 1) / per;
+                g->at[phase] = end[phase];
+                g->step[phase] = panel_cost(j, phase, g->m);
+                end[phase] += g->step[phase] * (uint64_t)panels_of(j, phase);
             }
+            at += g->m;
         }
     }
-    j->groups[j->n_groups].piece[0] = pieces[0];
-    j->groups[j->n_groups].piece[1] = pieces[1];
+    j->groups[j->n_groups].at[0] = end[0];
+    j->groups[j->n_groups].at[1] = end[1];
 }
 
 /* ---- phases ---- */
@@ -190,54 +180,80 @@ static void gather_pairs(job *j)
             }
 }
 
-static void gate_up_panel(job *j, const group *g, int panel, const kern_rows rows[2])
+/* The rows of a group from `at` on, as many as one call takes. */
+static kern_rows some_rows(const kern_record *f, const uint8_t *records, const group *g, int at)
 {
-    _Alignas(64) float gate[MAX_ROWS * KERN_PANEL], up[MAX_ROWS * KERN_PANEL];
-    const uint8_t *at = j->s->gate_up + (size_t)g->expert * j->s->gate_up_stride +
-                        (size_t)panel * (j->gate_panel + j->up_panel);
-    j->gate(gate, KERN_PANEL, at, &rows[0]);
-    j->up(up, KERN_PANEL, at + j->gate_panel, &rows[j->n_forms - 1]);
-    kern_vec_now.silu_mul(gate, gate, up, g->m * KERN_PANEL);
-    float *h = j->h + (size_t)g->first * (size_t)j->s->inter + (size_t)panel * KERN_PANEL;
-    for (int r = 0; r < g->m; r++)
-        memcpy(h + (size_t)r * (size_t)j->s->inter, gate + r * KERN_PANEL,
-               sizeof(float) * KERN_PANEL);
+    return kern_record_view(f, records + (size_t)(g->first + at) * f->bytes,
+                            imin(CALL_ROWS, g->m - at));
 }
 
-static void down_panel(job *j, const group *g, int panel, const kern_rows *rows)
+static void gate_up_panel(job *j, const group *g, int panel)
 {
-    _Alignas(64) float y[MAX_ROWS * KERN_PANEL];
-    const uint8_t *at =
+    _Alignas(64) float gate[CALL_ROWS * KERN_PANEL], up[CALL_ROWS * KERN_PANEL];
+    size_t inter = (size_t)j->s->inter;
+    const uint8_t *w = j->s->gate_up + (size_t)g->expert * j->s->gate_up_stride +
+                       (size_t)panel * (j->gate_panel + j->up_panel);
+    for (int at = 0; at < g->m; at += CALL_ROWS) {
+        kern_rows x = some_rows(&j->in[0], j->pair_records[0], g, at);
+        j->gate(gate, KERN_PANEL, w, &x);
+        if (j->n_forms == 2) x = some_rows(&j->in[1], j->pair_records[1], g, at);
+        j->up(up, KERN_PANEL, w + j->gate_panel, &x);
+        kern_vec_now.silu_mul(gate, gate, up, x.m * KERN_PANEL);
+        float *h = j->h + (size_t)(g->first + at) * inter + (size_t)panel * KERN_PANEL;
+        for (int r = 0; r < x.m; r++)
+            memcpy(h + (size_t)r * inter, gate + r * KERN_PANEL, sizeof(float) * KERN_PANEL);
+    }
+}
+
+static void down_panel(job *j, const group *g, int panel)
+{
+    _Alignas(64) float y[CALL_ROWS * KERN_PANEL];
+    size_t hidden = (size_t)j->s->hidden;
+    const uint8_t *w =
         j->s->down + (size_t)g->expert * j->s->down_stride + (size_t)panel * j->down_panel;
-    j->down(y, KERN_PANEL, at, rows);
-    for (int r = 0; r < g->m; r++)
-        memcpy(j->a->out + (size_t)j->a->pair_out[g->first + r] * (size_t)j->s->hidden +
-                   (size_t)panel * KERN_PANEL,
-               y + r * KERN_PANEL, sizeof(float) * KERN_PANEL);
+    for (int at = 0; at < g->m; at += CALL_ROWS) {
+        kern_rows x = some_rows(&j->mid, j->mid_records, g, at);
+        const int32_t *to = j->a->pair_out + g->first + at;
+        j->down(y, KERN_PANEL, w, &x);
+        for (int r = 0; r < x.m; r++)
+            memcpy(j->a->out + (size_t)to[r] * hidden + (size_t)panel * KERN_PANEL,
+                   y + r * KERN_PANEL, sizeof(float) * KERN_PANEL);
+    }
 }
 
-/* phase 0: gate and up, 1: down */
-static void products(job *j, int phase)
+/* Takes the next stretch of a line: a share of what is left that makes the last ones short. */
+static bool take_stretch(job *j, int phase, int n_threads, uint64_t *from, uint64_t *to)
 {
-    int n_pieces = j->groups[j->n_groups].piece[phase], at;
-    const group *g = j->groups; /* pieces come to a thread in ascending order */
-    while (take(j, 3 + phase, 1, n_pieces, &at)) {
-        while (g[1].piece[phase] <= at)
+    uint64_t end = j->groups[j->n_groups].at[phase], at = atomic_load(&j->taken[phase]), next;
+    do {
+        if (at >= end) return false;
+        uint64_t share = (end - at) / (2 * (uint64_t)n_threads);
+        next = at + (share > LEAST_COST ? share : LEAST_COST);
+    } while (!atomic_compare_exchange_weak(&j->taken[phase], &at, next));
+    *from = at;
+    *to = next < end ? next : end;
+    return true;
+}
+
+/* Runs the panels that begin in the stretches this thread gets, which come in ascending order. */
+static void products(job *j, int phase, int n_threads)
+{
+    const group *g = j->groups, *end = j->groups + j->n_groups;
+    uint64_t from, to;
+    while (take_stretch(j, phase, n_threads, &from, &to)) {
+        while (g[1].at[phase] <= from)
             g++;
-        int per = piece_panels(j, phase, g->m), first = (at - g->piece[phase]) * per;
-        int last = imin(first + per, panels_of(j, phase));
-        kern_rows rows[2];
-        if (phase == 0) {
-            for (int i = 0; i < j->n_forms; i++)
-                rows[i] = kern_record_view(
-                    &j->in[i], j->pair_records[i] + (size_t)g->first * j->in[i].bytes, g->m);
-            for (int p = first; p < last; p++)
-                gate_up_panel(j, g, p, rows);
-        } else {
-            rows[0] =
-                kern_record_view(&j->mid, j->mid_records + (size_t)g->first * j->mid.bytes, g->m);
-            for (int p = first; p < last; p++)
-                down_panel(j, g, p, rows);
+        for (; g < end && g->at[phase] < to; g++) {
+            uint64_t start = g->at[phase], step = g->step[phase];
+            int first = from > start ? (int)((from - start + step - 1) / step) : 0;
+            int last = imin((int)((to - start + step - 1) / step), panels_of(j, phase));
+            for (int p = first; p < last; p++) {
+                if (phase == 0)
+                    gate_up_panel(j, g, p);
+                else
+                    down_panel(j, g, p);
+            }
+            if (g[1].at[phase] >= to) break; /* the next stretch may begin in this group */
         }
     }
 }
@@ -253,17 +269,16 @@ static void prepare_mid(job *j)
 static void run(void *arg, int thread_i, int n_threads)
 {
     (void)thread_i;
-    (void)n_threads;
     job *j = arg;
     prepare_rows(j);
     ep_pool_barrier(j->pool);
     gather_pairs(j);
     ep_pool_barrier(j->pool);
-    products(j, 0);
+    products(j, 0, n_threads);
     ep_pool_barrier(j->pool);
     prepare_mid(j);
     ep_pool_barrier(j->pool);
-    products(j, 1);
+    products(j, 1, n_threads);
 }
 
 void kern_ffn(ep_pool *pool, const kern_stack *s, const kern_ffn_args *a, void *scratch)
