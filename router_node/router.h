@@ -57,9 +57,11 @@ typedef struct router_request {
  * of the step's tokens, whose sequences and positions are given. NULL members are not called. */
 typedef struct router_tap {
     void *arg;
+    /* input: rows after the second norm, what gate and experts see; output: rows leaving the layer,
+     * residual added; both [n_tokens, hidden]. experts, weights: [n_tokens, top_k]. */
     void (*moe)(void *arg, int layer, int n_tokens, const uint64_t *request, const int *position,
                 const float *input, const int32_t *experts, const float *weights, int top_k,
-                const float *output); /* input, output: [n_tokens, hidden]; experts, weights: [n_tokens, top_k] */
+                const float *output);
     void (*logits)(void *arg, uint64_t request, int position, const float *logits); /* [vocab] */
     bool all_logits; /* compute and tap the logits of every position, not only those needed */
 } router_tap;
@@ -75,11 +77,18 @@ typedef struct router_options {
     int prefill_chunk;          /* prompt tokens of one sequence in one step at most; 0: as budget allows */
     int max_sequences;          /* running at once; others wait */
     int max_waiting;            /* beyond this router_submit says EP_ERR_BUSY */
+    size_t max_message;         /* the net's; slices are cut so that they and their replies fit. 0: no limit */
     int per_layer_ms;           /* wait for the answers of a layer before sending again */
     int layer_tries;            /* sends of a slice in all before its shard counts as lost */
     const kern_act *layer_form; /* [n_layers] form in which slices carry rows (shards agree by rule:
                                  * common form of gate and up, else F32); NULL: derived from the model */
     int top_k;                  /* 0: the model's; lower allowed, renormalised after truncation */
+    const int32_t *end_ids;     /* tokens that end a generation; copied. The end token is an event too */
+    int n_end_ids;
+    /* Called while a step waits for shards, at least every 200 ms and after net_wake; router_cancel and
+     * router_shard_lost may be called from it. May be NULL. */
+    void (*tick)(void *arg);
+    void *tick_arg;
     void (*on_event)(void *arg, const router_event *e);
     void *event_arg;
     router_tap tap;
