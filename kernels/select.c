@@ -32,17 +32,8 @@ static const char *missing[N_LEVELS]; /* NULL: the machine has the level */
 static const kern_gemm *const gemms[N_LEVELS] = {&kern_gemm_scalar, &kern_gemm_avx2,
                                                  &kern_gemm_avx512, &kern_gemm_amx};
 
-static const kern_vec *vec_of(int level)
-{
-#ifdef KERN_HAVE_VEC_AVX512
-    if (level >= LEVEL_AVX512) return &kern_vec_avx512;
-#endif
-#ifdef KERN_HAVE_VEC_AVX2
-    if (level >= LEVEL_AVX2) return &kern_vec_avx2;
-#endif
-    (void)level;
-    return &kern_vec_scalar;
-}
+static const kern_vec *const vecs[N_LEVELS] = {&kern_vec_scalar, &kern_vec_avx2, &kern_vec_avx512,
+                                               &kern_vec_avx512};
 
 #if defined(__x86_64__)
 
@@ -182,7 +173,7 @@ ep_status kern_select(const char *level, ep_err *err)
         return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: level %s is not possible here: no %s", where,
                        level_names[want], missing[want]);
     fill_gemm(want);
-    kern_vec_now = *vec_of(want);
+    kern_vec_now = *vecs[want];
     level_now = want;
     return EP_OK;
 }
