@@ -1,9 +1,9 @@
 /*
  * The serving loop: messages in order of arrival, each answered to whoever sent it. Rules:
- *  1. A buffer for the next reply is taken before a message is, so a shard that is flooded never
- *     holds all buffers with questions and none for an answer.
- *  2. What has arrived is taken into a short ring with its time, so that a reply can say how long
- *     its slice waited. (The loop looks only between slices: the time is a lower bound.)
+ *  1. What has arrived is taken into a short ring with its time, so that a reply can say how long
+ *     its slice waited. (The loop looks only between slices: the time is a lower bound.) The
+ *     transport keeps buffers for sending, so waiting messages cannot starve replies.
+ *  2. Replies go to whoever sent the message, whatever its header claims.
  *  3. A reply without a free buffer or without credit waits for progress, at most
  *     REPLY_DEADLINE_MS; after that it is given up and counted. The router sends the slice again.
  *  4. tick is called when something woke the loop without a message, and at least every TICK_MS.
@@ -36,18 +36,13 @@ static void lose_net(shard *s, ep_status status)
     s->net_status = status;
 }
 
-/* Takes messages into the ring while there is room for them and for replies. True: took one. */
+/* Takes messages into the ring while there is room. True: took one. */
 static bool receive(shard *s)
 {
     bool any = false;
-    while (s->spare != NULL && s->n_waiting < SHARD_WAITING_MAX && !s->net_lost) {
-        /* Rule 1: a message may wait only while the transport would give out a buffer, so that the
-         * one it gives back when answered is enough for the next reply. */
-        net_buf *proof = s->n_waiting > 0 ? net_take(s->n, s->reply_bytes) : NULL;
-        if (s->n_waiting > 0 && proof == NULL) break;
+    while (s->n_waiting < SHARD_WAITING_MAX && !s->net_lost) {
         net_buf *b = NULL;
         ep_status status = net_next(s->n, &b);
-        net_give(s->n, proof);
         if (status == EP_AGAIN) break;
         if (status != EP_OK) {
             lose_net(s, status);
@@ -73,7 +68,7 @@ static void make_progress(shard *s)
     if (ep_time_is_past(s->next_tick, ep_now())) run_tick(s);
 }
 
-/* Rule 1. False: none came free in time. */
+/* A buffer for a reply. False: none came free in time (rule 3). */
 static bool take_spare(shard *s)
 {
     ep_time deadline = ep_time_after_ms(ep_now(), REPLY_DEADLINE_MS);
@@ -143,7 +138,7 @@ static void serve_loop(shard *s)
         if (is_draining && drain_end.ns == EP_TIME_NEVER.ns)
             drain_end = ep_time_after_ms(now, DRAIN_MS);
         bool is_late = is_draining && ep_time_is_past(drain_end, now);
-        if (take_spare(s) && !is_late) receive(s);
+        if (!is_late) receive(s);
         if (s->n_waiting > 0) {
             answer_next(s);
             if (ep_time_is_past(s->next_tick, ep_now())) run_tick(s);

@@ -51,7 +51,7 @@ struct shard {
     /* The serving loop; `waiting` is a ring. */
     shard_waiting waiting[SHARD_WAITING_MAX];
     int waiting_at, n_waiting;
-    net_buf *spare; /* taken ahead, for the next reply */
+    net_buf *spare;     /* for the next reply */
     size_t reply_bytes; /* of the largest */
     void (*tick)(void *arg);
     void *tick_arg;
