@@ -11,7 +11,7 @@
  *
  * Not done here: flow between processes, and fairness between senders beyond order of arrival.
  */
-#include "transport/net.h"
+#include "transport/pool.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -21,9 +21,8 @@
 typedef enum buf_state { FREE, USED, SENDING, QUARANTINED } buf_state;
 
 typedef struct loop_buf {
-    net_buf pub; /* first: a net_buf of this transport is a loop_buf */
+    net_slot slot; /* first: a net_buf of this transport is a loop_buf */
     buf_state state;
-    struct loop_buf *next_free;
     /* of a send */
     struct loop_buf *next; /* in the inbox, in order of sending */
     int from, to;
@@ -41,10 +40,8 @@ typedef struct loop_rank {
     bool starved; /* a take or send was refused: the next completion ends a wait */
     loop_buf *inbox, *inbox_last;
     loop_buf *bufs;
-    uint8_t *memory;
-    size_t memory_bytes;
-    int n_bufs, n_free, reserve;
-    loop_buf *free;
+    int n_bufs;
+    net_pool pool;
     int *outstanding; /* [n_ranks] sends under way, quarantined ones included */
     bool *lost;       /* [n_ranks] forgotten peers */
 } loop_rank;
@@ -72,21 +69,13 @@ typedef struct loop_net {
 static void free_push(loop_rank *r, loop_buf *b)
 {
     b->state = FREE;
-    b->pub.len = 0;
-    b->next_free = r->free;
-    r->free = b;
-    r->n_free++;
+    net_pool_put(&r->pool, &b->slot);
 }
 
-static loop_buf *free_pop(loop_rank *r)
+static loop_buf *free_pop(loop_rank *r, bool received)
 {
-    loop_buf *b = r->free;
-    if (b == NULL) return NULL;
-    r->free = b->next_free;
-    r->n_free--;
-    b->state = USED;
-    b->pub.len = 0;
-    b->pub.peer = -1;
+    loop_buf *b = (loop_buf *)net_pool_get(&r->pool, received);
+    if (b != NULL) b->state = USED;
     return b;
 }
 
@@ -96,12 +85,10 @@ static net_buf *loop_take(net *n, size_t bytes)
     loop_buf *b = NULL;
     if (bytes > l->opt.max_message) return NULL;
     pthread_mutex_lock(&l->hub->lock);
-    /* Some are kept for receiving, or ranks that all send could not take in each other's messages.
-     */
-    if (l->me->n_free > l->me->reserve) b = free_pop(l->me);
+    b = free_pop(l->me, false);
     if (b == NULL) l->me->starved = true;
     pthread_mutex_unlock(&l->hub->lock);
-    return b != NULL ? &b->pub : NULL;
+    return b != NULL ? &b->slot.pub : NULL;
 }
 
 static void loop_give(net *n, net_buf *buf)
@@ -167,7 +154,7 @@ static loop_buf *inbox_first(const loop_rank *r)
 static bool inbox_is_ready(const loop_rank *r, ep_time now)
 {
     const loop_buf *b = inbox_first(r);
-    return b != NULL && r->free != NULL && ep_time_is_past(b->arrives, now);
+    return b != NULL && net_pool_has(&r->pool, true) && ep_time_is_past(b->arrives, now);
 }
 
 /* ---- sending ---- */
@@ -206,8 +193,10 @@ static void post(loop_net *l, loop_buf *b, int to)
     b->pair_i = h->pair_counts[(size_t)b->from * (size_t)h->n_ranks + (size_t)to]++;
     memset(&b->fault, 0, sizeof(b->fault));
     if (h->script != NULL) {
-        b->fault = h->script(h->script_arg, b->from, to, b->pair_i, b->pub.data, b->pub.len);
+        b->fault =
+            h->script(h->script_arg, b->from, to, b->pair_i, b->slot.pub.data, b->slot.pub.len);
     }
+    net_pool_turn(&l->me->pool, &b->slot);
     b->state = SENDING;
     b->queued = b->copying = false;
     b->arrives = ep_time_after_ms(now, b->fault.delay_ms);
@@ -215,7 +204,7 @@ static void post(loop_net *l, loop_buf *b, int to)
     b->deliveries = 1 + (b->fault.duplicates > 0 ? b->fault.duplicates : 0);
     l->me->outstanding[to]++;
     l->pub.stats.sent++;
-    l->pub.stats.sent_bytes += b->pub.len;
+    l->pub.stats.sent_bytes += b->slot.pub.len;
     /* What goes to a dead rank stays under way until its deadline, as over MPI. */
     if (l->me->dead || h->ranks[to].dead) return;
     if (b->fault.lose) {
@@ -252,16 +241,16 @@ static ep_status loop_send(net *n, int peer, net_buf *buf)
 /* Copies what the script left of a message. The source is pinned; the hub is not locked. */
 static bool copy_message(loop_buf *to, const loop_buf *from)
 {
-    size_t len = from->pub.len;
+    size_t len = from->slot.pub.len;
     if (from->fault.truncate_to != 0 && from->fault.truncate_to < len)
         len = from->fault.truncate_to;
-    if (len > to->pub.cap) return false;
-    memcpy(to->pub.data, from->pub.data, len);
-    to->pub.len = len;
-    to->pub.peer = from->from;
+    if (len > to->slot.pub.cap) return false;
+    memcpy(to->slot.pub.data, from->slot.pub.data, len);
+    to->slot.pub.len = len;
+    to->slot.pub.peer = from->from;
     if (from->fault.corrupt && len > 0) {
         uint64_t bit = (from->pair_i + 1) * UINT64_C(0x9e3779b97f4a7c15) % (len * 8);
-        to->pub.data[bit / 8] ^= (uint8_t)(1u << bit % 8);
+        to->slot.pub.data[bit / 8] ^= (uint8_t)(1u << bit % 8);
     }
     return true;
 }
@@ -275,7 +264,7 @@ static ep_status loop_next(net *n, net_buf **out)
     ep_time now = ep_now();
     check_deadlines(l, now);
     while (status == EP_AGAIN && inbox_is_ready(l->me, now)) {
-        loop_buf *from = inbox_first(l->me), *to = free_pop(l->me);
+        loop_buf *from = inbox_first(l->me), *to = free_pop(l->me, true);
         from->copying = true;
         pthread_mutex_unlock(&h->lock);
         bool fits = copy_message(to, from);
@@ -288,8 +277,8 @@ static ep_status loop_next(net *n, net_buf **out)
         }
         if (fits) {
             n->stats.received++;
-            n->stats.received_bytes += to->pub.len;
-            *out = &to->pub;
+            n->stats.received_bytes += to->slot.pub.len;
+            *out = &to->slot.pub;
             status = EP_OK;
         } else {
             n->stats.dropped++;
@@ -349,7 +338,8 @@ static ep_status loop_wait(net *n, ep_time deadline)
             continue;
         }
         const loop_buf *first = inbox_first(l->me);
-        if (first != NULL && l->me->free != NULL) until = earlier(until, first->arrives);
+        if (first != NULL && net_pool_has(&l->me->pool, true))
+            until = earlier(until, first->arrives);
         n->stats.sleeps++;
         sleep_until(l, until);
     }
@@ -396,11 +386,10 @@ static const net_ops loop_ops = {
 
 static void rank_fini(loop_rank *r)
 {
-    ep_unmap(r->memory, r->memory_bytes);
+    net_pool_fini(&r->pool);
     ep_free(r->bufs);
     ep_free(r->outstanding);
     ep_free(r->lost);
-    r->memory = NULL;
     r->bufs = NULL;
     r->outstanding = NULL;
     r->lost = NULL;
@@ -408,32 +397,17 @@ static void rank_fini(loop_rank *r)
 
 static ep_status rank_init(loop_rank *r, const net_options *opt)
 {
-    size_t cap = (opt->max_message + 63) & ~(size_t)63, bytes;
-    if (__builtin_mul_overflow(cap, (size_t)opt->n_buffers, &bytes)) return EP_ERR_TOO_LARGE;
     r->bufs = ep_calloc((size_t)opt->n_buffers, sizeof(*r->bufs));
     r->outstanding = ep_calloc((size_t)opt->n_ranks, sizeof(*r->outstanding));
     r->lost = ep_calloc((size_t)opt->n_ranks, sizeof(*r->lost));
-    r->memory = ep_map(bytes);
-    r->memory_bytes = bytes;
-    if (r->bufs == NULL || r->outstanding == NULL || r->lost == NULL || r->memory == NULL)
-        return EP_ERR_NOMEM;
+    if (r->bufs == NULL || r->outstanding == NULL || r->lost == NULL) return EP_ERR_NOMEM;
     r->n_bufs = opt->n_buffers;
-    r->n_free = 0;
-    r->free = NULL;
-    r->reserve = opt->n_buffers / 4 > 0 ? opt->n_buffers / 4 : 1;
-    for (int i = opt->n_buffers - 1; i >= 0; i--) {
-        r->bufs[i].pub.data = r->memory + (size_t)i * cap;
-        r->bufs[i].pub.cap = opt->max_message;
-        free_push(r, &r->bufs[i]);
-    }
-    return EP_OK;
+    return net_pool_init(&r->pool, r->bufs, sizeof(*r->bufs), opt);
 }
 
 ep_status net_loopback_open(net **out, net_hub *hub, const net_options *opt)
 {
-    if (opt->n_ranks != hub->n_ranks || opt->rank < 0 || opt->rank >= opt->n_ranks ||
-        opt->max_message == 0 || opt->n_buffers < 2 || opt->credit < 1 || opt->credit >= 64)
-        return EP_ERR_INVALID;
+    if (opt->n_ranks != hub->n_ranks || !net_options_are_valid(opt)) return EP_ERR_INVALID;
     loop_net *l = ep_calloc(1, sizeof(*l));
     if (l == NULL) return EP_ERR_NOMEM;
     loop_rank *r = &hub->ranks[opt->rank];
