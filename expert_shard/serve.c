@@ -18,6 +18,7 @@
 #define REPLY_DEADLINE_MS 2000
 #define DRAIN_MS          1000 /* a sender that does not stop cannot keep a draining shard */
 #define STEP_MS           5    /* of a wait for progress */
+#define FLUSH_MS          50   /* large replies need the transport's attention after net_send */
 
 static void run_tick(shard *s)
 {
@@ -129,6 +130,14 @@ static void wait_idle(shard *s)
     if (!s->net_lost && !receive(s)) run_tick(s);
 }
 
+/* The end of a drain: the last replies leave. The transport does not say when they have. */
+static void flush(shard *s)
+{
+    ep_time end = ep_time_after_ms(ep_now(), FLUSH_MS);
+    while (!is_stopped(s) && !ep_time_is_past(end, ep_now()))
+        if (net_wait(s->n, end) == EP_OK) nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
+}
+
 static void serve_loop(shard *s)
 {
     ep_time drain_end = EP_TIME_NEVER;
@@ -143,6 +152,7 @@ static void serve_loop(shard *s)
             answer_next(s);
             if (ep_time_is_past(s->next_tick, ep_now())) run_tick(s);
         } else if (is_draining) {
+            flush(s);
             break;
         } else {
             wait_idle(s);
