@@ -1,14 +1,19 @@
 /*
  * gemm_amx: the panel products on AMX tiles (int8, and bf16 where weights are bf16).
  *
- * A block of the panel is unpacked once into byte planes in L1 that are AMX B tiles (16 k-groups of
- * 64 bytes), multiplies 16 rows per tile, two row tiles at a time, and the float step of ops.h
- * follows from the stored int32 tiles. Three things overlap, cut into quarters of a block so that
- * the core's window sees all of them: tile products of this block, unpacking of the next, the float
- * step of the one before. Sub-block scales are folded into the bytes without losing a bit: Q4_K,
- * Q5_K: sc = 8a + b; q*a and q*b fit a byte, so two planes and I1 = 8 Ca + Cb; Q6_K: sc * (q - 32)
- * = 256h + l, h signed, l unsigned, so I = 256 Ch + Cl. The types with one d per block need no
- * folding; their zero point is taken off while unpacking.
+ * Weights are unpacked into byte planes in L1 that are AMX B tiles (16 k-groups of 64 bytes), meet
+ * up to two tiles of 16 rows, and the float step of ops.h follows from the stored int32 tiles.
+ * Three things overlap, cut into parts small enough for the core's window to see all of them: tile
+ * products of this block, unpacking a little ahead of it, the float step of the block before.
+ * Sub-block scales are folded into the bytes without losing a bit: Q4_K, Q5_K: sc = 8a + b; q*a and
+ * q*b fit a byte, so two planes and I1 = 8 Ca + Cb; Q6_K: sc * (q - 32) = 256h + l, h signed, l
+ * unsigned, so I = 256 Ch + Cl. The types with one d per block need no folding; their zero point is
+ * taken off while unpacking.
+ *
+ * What is in flight must stay in L1 beside the rows that stream through it, or loads and stores of
+ * the three wait for each other: planes are a ring of one block, not two, and more than 32 rows
+ * come back for the panel in chunks (it is in L2 by then). Both are worth a third of the time at 32
+ * rows.
  *
  * Tiles stay configured between calls: a call asks what is configured (18 cycles here) and loads
  * the configuration (300 cycles) only if it differs. Permission to use tiles is select.c's
@@ -16,11 +21,7 @@
  */
 #include "kernels/cpu/x512.h"
 
-enum {
-    CHUNK = 128, /* rows that share one pass over a panel: eight tiles, L1 holds their sums */
-    TILE_BYTES = 1024,
-    PLANE_BYTES = 256 * 16 /* one byte for each of the 256 x 16 weights */
-};
+enum { CHUNK = 32, TILE_BYTES = 1024 };
 
 /* Tiles 0..3 hold C, 4 and 5 A (activation rows), 6 and 7 B (weights). */
 typedef struct tile_config {
@@ -63,6 +64,10 @@ static int tile_start(const cut *c, int t)
 /* ---- K-quants: two byte planes ------------------------------------------------------------------
  */
 
+/* Parts of 32 weights that unpacking runs ahead of the products: one block less the quarter in use.
+ */
+enum { AHEAD = 4 };
+
 typedef struct k_block {
     x_head h;            /* Q6_K uses d only */
     __m512i digit[2][2]; /* Q4_K, Q5_K: digits a, b of the scales, as x_head.sc */
@@ -70,8 +75,9 @@ typedef struct k_block {
 } k_block;
 
 typedef struct k_work {
-    _Alignas(64) uint8_t plane[2][2][PLANE_BYTES]; /* [block & 1][a or high, b or low] */
-    _Alignas(64) uint8_t c[2][4][TILE_BYTES];      /* [step & 1][tile of the pair * 2 + plane] */
+    _Alignas(64) uint8_t plane[4][2][TILE_BYTES]; /* [quarter of the block][a or high, b or low] */
+    _Alignas(64) uint8_t
+        c[4][TILE_BYTES]; /* a pair: [tile * 2 + plane]; one tile: [(block & 1) * 2 + plane] */
     _Alignas(64) float acc[CHUNK][KERN_PANEL];
     k_block block[4]; /* [block & 3]: one is unpacked, one multiplied, one finished */
 } k_work;
@@ -144,53 +150,42 @@ X_INLINE void unpack_q6(const k_block *k, int j, uint8_t *high, uint8_t *low)
     }
 }
 
-/* Quarter s of a block: 64 weights into both planes. */
-X_INLINE void unpack_quarter(const k_block *k, uint8_t (*plane)[PLANE_BYTES], int s, const int type)
+/* Part n of a panel, 32 weights, into both planes of its slot; opens the block that it begins. */
+X_INLINE void unpack_part(k_work *w, const uint8_t *panel, int blocks, int n, const int type)
 {
-    X_UNROLL
-    for (int c = 0; c < 2; c++) {
-        const int j = 2 * s + c;
-        if (type == KERN_Q6_K)
-            unpack_q6(k, j, plane[0] + 512 * j, plane[1] + 512 * j);
-        else
-            unpack_k(k, j, plane[0] + 512 * j, plane[1] + 512 * j, type);
-    }
+    k_block *k = &w->block[(n / 8) & 3];
+    uint8_t(*plane)[TILE_BYTES] = w->plane[(n / 2) & 3];
+    const int j = n % 8, at = 512 * (n % 2);
+    if (j == 0) open_block(k, panel, blocks, n / 8, type);
+    if (type == KERN_Q6_K)
+        unpack_q6(k, j, plane[0] + at, plane[1] + at);
+    else
+        unpack_k(k, j, plane[0] + at, plane[1] + at, type);
 }
 
-/* What one step multiplies: a pair of row tiles (or a single one) with one block. */
-typedef struct k_step {
-    int block, tile;
-    bool two;
-} k_step;
-
-X_INLINE void multiply_quarter(const int8_t *x0, const int8_t *x1, size_t ldq,
-                               uint8_t (*plane)[PLANE_BYTES], int s, bool two, const int type)
+/* Part u of a block's products. With two row tiles the even parts are the first one's, else the
+ * even parts are the first plane's. */
+X_INLINE void multiply_part(const int8_t *x0, const int8_t *x1, size_t ldq,
+                            uint8_t (*plane)[TILE_BYTES], int u, bool two, const int type)
 {
-    _tile_loadd(4, x0 + 64 * s, ldq);
-    _tile_loadd(6, plane[0] + TILE_BYTES * s, 64);
-    _tile_loadd(7, plane[1] + TILE_BYTES * s, 64);
-    if (type == KERN_Q6_K)
-        _tile_dpbssd(0, 4, 6);
-    else
-        _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 4, 7);
-    if (two) {
-        _tile_loadd(5, x1 + 64 * s, ldq);
+    if (u % 2 == 0) {
+        _tile_loadd(4, x0 + 32 * u, ldq);
+        _tile_loadd(6, plane[0], 64);
+        if (type == KERN_Q6_K)
+            _tile_dpbssd(0, 4, 6);
+        else
+            _tile_dpbsud(0, 4, 6);
+    } else if (two) {
+        _tile_loadd(5, x1 + 32 * (u - 1), ldq);
         if (type == KERN_Q6_K)
             _tile_dpbssd(2, 5, 6);
         else
             _tile_dpbsud(2, 5, 6);
         _tile_dpbsud(3, 5, 7);
     }
-}
-
-X_INLINE void store_pair(uint8_t (*c)[TILE_BYTES], bool two)
-{
-    _tile_stored(0, c[0], 64);
-    _tile_stored(1, c[1], 64);
-    if (two) {
-        _tile_stored(2, c[2], 64);
-        _tile_stored(3, c[3], 64);
+    if ((u % 2 == 0) == two) {
+        _tile_loadd(7, plane[1], 64);
+        _tile_dpbsud(1, 4, 7);
     }
 }
 
@@ -199,33 +194,36 @@ X_INLINE void finish_rows(k_work *w, const kern_rows *a, const cut *cu, int b, i
                           uint8_t (*c)[TILE_BYTES], int from, int to, const int type)
 {
     const int start = tile_start(cu, t), skip = t * cu->height - start;
-    const x_head *h = &w->block[b & 3].h;
+    const x_head h = w->block[b & 3].h; /* a copy: stores to acc must not make it reload */
     for (int i = from > skip ? from : skip; i < to; i++) {
-        const __m512i high = _mm512_load_si512(c[0] + 64 * i),
-                      low = _mm512_load_si512(c[1] + 64 * i);
+        const __m512i high = _mm512_load_si512(c[0] + 64 * i);
+        const __m512i low = _mm512_load_si512(c[1] + 64 * i);
         const size_t r = (size_t)(start + i);
         const float dx = a->scale[r * a->lds + (size_t)b];
         const __m512 acc = _mm512_load_ps(w->acc[r]);
         __m512 next;
         if (type == KERN_Q6_K) {
             const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-            next = _mm512_fmadd_ps(_mm512_set1_ps(dx), _mm512_mul_ps(h->d, _mm512_cvtepi32_ps(sum)),
+            next = _mm512_fmadd_ps(_mm512_set1_ps(dx), _mm512_mul_ps(h.d, _mm512_cvtepi32_ps(sum)),
                                    acc);
         } else {
             const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 3), low);
-            next = x_step_k(acc, sum, h, a->sum32 + r * a->ldsum + 8 * (size_t)b, dx);
+            next = x_step_k(acc, sum, &h, a->sum32 + r * a->ldsum + 8 * (size_t)b, dx);
         }
         _mm512_store_ps(w->acc[r], next);
     }
 }
 
-/* Quarter s of the float step of a whole step. */
-X_INLINE void finish_quarter(k_work *w, const kern_rows *a, const cut *cu, const k_step *done,
-                             uint8_t (*c)[TILE_BYTES], int s, const int type)
+/* Part u of the float step of block b: of a pair, a quarter of one tile. */
+X_INLINE void finish_part(k_work *w, const kern_rows *a, const cut *cu, int b, int u,
+                          const int type)
 {
-    const int from = cu->height * s / 4, to = cu->height * (s + 1) / 4;
-    finish_rows(w, a, cu, done->block, done->tile, c, from, to, type);
-    if (done->two) finish_rows(w, a, cu, done->block, done->tile + 1, c + 2, from, to, type);
+    if (cu->tiles == 2)
+        finish_rows(w, a, cu, b, u / 4, w->c + 2 * (u / 4), cu->height * (u % 4) / 4,
+                    cu->height * (u % 4 + 1) / 4, type);
+    else
+        finish_rows(w, a, cu, b, 0, w->c + 2 * (b & 1), cu->height * u / 8,
+                    cu->height * (u + 1) / 8, type);
 }
 
 /* At most CHUNK rows (a points at the first) over the whole panel. */
@@ -234,42 +232,44 @@ X_INLINE void chunk_k(float *y, size_t ldy, const uint8_t *panel, const kern_row
 {
     k_work w;
     const cut cu = cut_rows(m);
-    const int blocks = a->k / 256, pairs = (cu.tiles + 1) / 2;
-    k_step done = {0};
-    int step = 0;
+    const int blocks = a->k / 256, parts = 8 * blocks;
+    const bool two = cu.tiles == 2;
+    /* The float step follows a pair's products one block behind, so that one set of C suffices: its
+     * first tile is stored early. One tile has two sets, and follows later. */
+    const int delay = two ? 8 : 10;
+    const int8_t *x0 = a->q, *x1 = a->q + (size_t)tile_start(&cu, cu.tiles - 1) * a->ldq;
+    int unpacked = 0;
     configure(cu.height, 64);
     for (int r = 0; r < m; r++)
         _mm512_store_ps(w.acc[r], _mm512_setzero_ps());
-    open_block(&w.block[0], panel, blocks, 0, type);
-    for (int s = 0; s < 4; s++)
-        unpack_quarter(&w.block[0], w.plane[0], s, type);
-    for (int b = 0; b < blocks; b++) {
-        k_block *next = &w.block[(b + 1) & 3];
-        const bool more = b + 1 < blocks;
-        if (more) open_block(next, panel, blocks, b + 1, type);
-        for (int pair = 0, unpacked = 0; pair < pairs; pair++, step++) {
-            const k_step now = {b, 2 * pair, 2 * pair + 1 < cu.tiles};
-            const int8_t *x0 = a->q + (size_t)tile_start(&cu, now.tile) * a->ldq + 256 * (size_t)b;
-            const int8_t *x1 =
-                now.two ? a->q + (size_t)tile_start(&cu, now.tile + 1) * a->ldq + 256 * (size_t)b
-                        : x0;
-            const int unpack_to = 4 * (pair + 1) / pairs;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int s = 0; s < 4; s++) {
-                multiply_quarter(x0, x1, a->ldq, w.plane[b & 1], s, now.two, type);
-                if (more && unpacked < unpack_to)
-                    unpack_quarter(next, w.plane[(b + 1) & 1], unpacked++, type);
-                if (step > 0) finish_quarter(&w, a, &cu, &done, w.c[(step + 1) & 1], s, type);
+    while (unpacked < AHEAD)
+        unpack_part(&w, panel, blocks, unpacked++, type);
+    for (int b = 0; b < blocks; b++, x0 += 256, x1 += 256) {
+        uint8_t(*c)[TILE_BYTES] = w.c + (two ? 0 : 2 * (b & 1));
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int u = 0; u < 8; u++) {
+            multiply_part(x0, x1, a->ldq, w.plane[u / 2], u, two, type);
+            if (two && u == 7) {
+                _tile_stored(0, c[0], 64);
+                _tile_stored(1, c[1], 64);
             }
-            store_pair(w.c[step & 1], now.two);
-            done = now;
+            if (unpacked < parts) unpack_part(&w, panel, blocks, unpacked++, type);
+            const int late = 8 * b + u - delay;
+            if (late >= 0) finish_part(&w, a, &cu, late / 8, late % 8, type);
+        }
+        if (two) {
+            _tile_stored(2, c[2], 64);
+            _tile_stored(3, c[3], 64);
+        } else {
+            _tile_stored(0, c[0], 64);
+            _tile_stored(1, c[1], 64);
         }
     }
-    for (int s = 0; s < 4; s++)
-        finish_quarter(&w, a, &cu, &done, w.c[(step + 1) & 1], s, type);
+    for (int late = parts < delay ? 0 : parts - delay; late < parts; late++)
+        finish_part(&w, a, &cu, late / 8, late % 8, type);
     for (int r = 0; r < m; r++)
         _mm512_storeu_ps(y + (size_t)r * ldy, _mm512_load_ps(w.acc[r]));
 }
