@@ -134,29 +134,46 @@ static void add_rows(router *r, router_sequence *q, int n)
     }
 }
 
+static bool is_decoding(const router_sequence *q)
+{
+    return q->n_done >= q->req.n_prompt;
+}
+
 static int min_int(int a, int b)
 {
     return a < b ? a : b;
 }
 
+/* One row of a decoding sequence, or a chunk of a prompt, within the budget. */
+static void add_turn(router *r, router_sequence *q)
+{
+    int budget = r->opt.max_tokens_per_step - r->n_rows;
+    int chunk = r->opt.prefill_chunk > 0 ? r->opt.prefill_chunk : budget;
+    int n = is_decoding(q) ? 1 : min_int(q->req.n_prompt - q->n_done, chunk);
+    if (budget == 0) return;
+    add_rows(r, q, min_int(n, budget));
+    if (is_decoding(q))
+        r->counters.tokens_decode++;
+    else
+        r->counters.tokens_prefill += (uint64_t)q->n_rows;
+}
+
 int router_batch(router *r)
 {
-    int budget = r->opt.max_tokens_per_step;
+    int n_decoding = 0;
     r->n_rows = 0;
-    for (int i = 0; i < r->n_running; i++) { /* 2. decode */
-        router_sequence *q = r->running[i];
-        q->n_rows = 0;
-        if (q->n_done >= q->req.n_prompt && r->n_rows < budget) add_rows(r, q, 1);
+    for (int i = 0; i < r->n_running; i++) {
+        r->running[i]->n_rows = 0;
+        n_decoding += is_decoding(r->running[i]);
     }
-    r->counters.tokens_decode += (uint64_t)r->n_rows;
-    int n_decode = r->n_rows;
-    int chunk = r->opt.prefill_chunk > 0 ? r->opt.prefill_chunk : budget;
-    for (int i = 0; i < r->n_running && r->n_rows < budget; i++) { /* 2. prefill */
-        router_sequence *q = r->running[i];
-        int left = q->req.n_prompt - q->n_done;
-        if (left > 0) add_rows(r, q, min_int(min_int(left, chunk), budget - r->n_rows));
+    if (n_decoding >= r->opt.max_tokens_per_step) { /* 2. nothing would be left for prompts */
+        for (int i = 0; i < r->n_running; i++)
+            add_turn(r, r->running[i]);
+    } else {
+        for (int pass = 0; pass < 2; pass++)
+            for (int i = 0; i < r->n_running; i++)
+                if (is_decoding(r->running[i]) == (pass == 0)) add_turn(r, r->running[i]);
     }
-    r->counters.tokens_prefill += (uint64_t)(r->n_rows - n_decode);
 
     int n = 0; /* 3. */
     for (int pass = 0; pass < 2; pass++)
