@@ -40,12 +40,14 @@ typedef struct job {
         mid; /* forms of the input (gate and up share one or not) and of down's input */
     kern_panel_fn gate, up, down;
     size_t gate_panel, up_panel, down_panel;
-    uint8_t *row_records[2], *pair_records[2], *mid_records;
+    uint8_t *row_records[2], *mid_records;
+    uint8_t *gathered; /* rows of one group for each thread, gathered_bytes apart */
+    size_t gathered_bytes;
     float *h; /* [n_pairs, inter] */
     group *groups;
     int n_groups; /* groups[n_groups].at: the ends of the lines */
     ep_pool *pool;
-    _Atomic int next[3];       /* rows, pairs and hidden rows taken */
+    _Atomic int next[2];       /* rows and hidden rows taken */
     _Atomic uint64_t taken[2]; /* of the two lines */
 } job;
 
@@ -71,21 +73,23 @@ static size_t max_groups(const kern_stack *s, size_t n_pairs)
 }
 
 typedef struct layout {
-    size_t rows[2], pairs[2], mid, h, groups, total;
+    size_t rows[2], gathered, gathered_bytes, mid, h, groups, total;
 } layout;
 
-static layout lay_out(const kern_stack *s, size_t n_rows, size_t n_pairs)
+static layout lay_out(const kern_stack *s, size_t n_rows, size_t n_pairs, size_t n_threads)
 {
     kern_record in[2], mid = kern_record_make(kern_type_act(s->down_type), s->inter);
     int n = forms_of(s, in);
     layout l = {0};
     size_t at = 0;
+    size_t most = n_pairs < GROUP_ROWS ? n_pairs : GROUP_ROWS;
     for (int i = 0; i < n; i++) {
         l.rows[i] = at;
         at += n_rows * in[i].bytes + KERN_ROWS_TAIL;
-        l.pairs[i] = at;
-        at += n_pairs * in[i].bytes + KERN_ROWS_TAIL;
+        l.gathered_bytes += most * in[i].bytes + KERN_ROWS_TAIL;
     }
+    l.gathered = at;
+    at += n_threads * l.gathered_bytes;
     l.mid = at;
     at += n_pairs * mid.bytes + KERN_ROWS_TAIL;
     l.h = at;
@@ -97,8 +101,7 @@ static layout lay_out(const kern_stack *s, size_t n_rows, size_t n_pairs)
 
 size_t kern_ffn_scratch_bytes(const kern_stack *s, int max_rows, int max_pairs, int n_threads)
 {
-    (void)n_threads; /* results of a panel call live on the stacks of the threads */
-    return lay_out(s, (size_t)max_rows, (size_t)max_pairs).total;
+    return lay_out(s, (size_t)max_rows, (size_t)max_pairs, (size_t)n_threads).total;
 }
 
 /* ---- cutting ---- */
@@ -148,17 +151,17 @@ static const uint8_t *wire_row(const job *j, int row)
     return (const uint8_t *)j->a->rows + (size_t)row * kern_act_row_bytes(j->a->act, j->s->hidden);
 }
 
-/* Takes `step` consecutive items from counter `c`; false when none are left. */
-static bool take(job *j, int c, int step, int end, int *at)
+/* Takes the next item of counter `c`; false when none are left. */
+static bool take(job *j, int c, int end, int *at)
 {
-    *at = atomic_fetch_add_explicit(&j->next[c], step, memory_order_relaxed);
+    *at = atomic_fetch_add_explicit(&j->next[c], 1, memory_order_relaxed);
     return *at < end;
 }
 
 static void prepare_rows(job *j)
 {
     int at;
-    while (take(j, 0, 1, j->a->n_rows, &at))
+    while (take(j, 0, j->a->n_rows, &at))
         for (int i = 0; i < j->n_forms; i++) {
             uint8_t *dst = j->row_records[i] + (size_t)at * j->in[i].bytes;
             if (j->a->act == j->in[i].act)
@@ -168,35 +171,50 @@ static void prepare_rows(job *j)
         }
 }
 
-static void gather_pairs(job *j)
+/* The input of one group in the forms of gate and up, all rows one after another. */
+typedef struct input {
+    const group *g;
+    const uint8_t *records[2];
+} input;
+
+/* Rows that already lie side by side stay where they are; others are copied to the thread's own
+ * place. */
+static void gather(const job *j, const group *g, int thread_i, input *in)
 {
-    int at;
-    while (take(j, 1, 8, j->a->n_pairs, &at))
-        for (int p = at; p < imin(at + 8, j->a->n_pairs); p++)
-            for (int i = 0; i < j->n_forms; i++) {
-                size_t bytes = j->in[i].bytes;
-                memcpy(j->pair_records[i] + (size_t)p * bytes,
-                       j->row_records[i] + (size_t)j->a->pair_row[p] * bytes, bytes);
-            }
+    const int32_t *row = j->a->pair_row + g->first;
+    uint8_t *own = j->gathered + (size_t)thread_i * j->gathered_bytes;
+    int run = 1;
+    while (run < g->m && row[run] == row[0] + run)
+        run++;
+    in->g = g;
+    for (int i = 0; i < j->n_forms; i++) {
+        size_t bytes = j->in[i].bytes;
+        in->records[i] = j->row_records[i] + (size_t)row[0] * bytes;
+        if (run == g->m) continue;
+        for (int r = 0; r < g->m; r++)
+            memcpy(own + (size_t)r * bytes, j->row_records[i] + (size_t)row[r] * bytes, bytes);
+        in->records[i] = own;
+        own += (size_t)g->m * bytes + KERN_ROWS_TAIL;
+    }
 }
 
-/* The rows of a group from `at` on, as many as one call takes. */
-static kern_rows some_rows(const kern_record *f, const uint8_t *records, const group *g, int at)
+/* Rows from `at` on, as many as one call takes. */
+static kern_rows some_rows(const kern_record *f, const uint8_t *records, int m, int at)
 {
-    return kern_record_view(f, records + (size_t)(g->first + at) * f->bytes,
-                            imin(CALL_ROWS, g->m - at));
+    return kern_record_view(f, records + (size_t)at * f->bytes, imin(CALL_ROWS, m - at));
 }
 
-static void gate_up_panel(job *j, const group *g, int panel)
+static void gate_up_panel(const job *j, const input *in, int panel)
 {
+    const group *g = in->g;
     _Alignas(64) float gate[CALL_ROWS * KERN_PANEL], up[CALL_ROWS * KERN_PANEL];
     size_t inter = (size_t)j->s->inter;
     const uint8_t *w = j->s->gate_up + (size_t)g->expert * j->s->gate_up_stride +
                        (size_t)panel * (j->gate_panel + j->up_panel);
     for (int at = 0; at < g->m; at += CALL_ROWS) {
-        kern_rows x = some_rows(&j->in[0], j->pair_records[0], g, at);
+        kern_rows x = some_rows(&j->in[0], in->records[0], g->m, at);
         j->gate(gate, KERN_PANEL, w, &x);
-        if (j->n_forms == 2) x = some_rows(&j->in[1], j->pair_records[1], g, at);
+        if (j->n_forms == 2) x = some_rows(&j->in[1], in->records[1], g->m, at);
         j->up(up, KERN_PANEL, w + j->gate_panel, &x);
         kern_vec_now.silu_mul(gate, gate, up, x.m * KERN_PANEL);
         float *h = j->h + (size_t)(g->first + at) * inter + (size_t)panel * KERN_PANEL;
@@ -205,19 +223,23 @@ static void gate_up_panel(job *j, const group *g, int panel)
     }
 }
 
-static void down_panel(job *j, const group *g, int panel)
+static void down_panel(const job *j, const group *g, int panel)
 {
     _Alignas(64) float y[CALL_ROWS * KERN_PANEL];
     size_t hidden = (size_t)j->s->hidden;
     const uint8_t *w =
         j->s->down + (size_t)g->expert * j->s->down_stride + (size_t)panel * j->down_panel;
+    const uint8_t *records = j->mid_records + (size_t)g->first * j->mid.bytes;
     for (int at = 0; at < g->m; at += CALL_ROWS) {
-        kern_rows x = some_rows(&j->mid, j->mid_records, g, at);
+        kern_rows x = some_rows(&j->mid, records, g->m, at);
         const int32_t *to = j->a->pair_out + g->first + at;
+        float *out = j->a->out + (size_t)panel * KERN_PANEL;
+        /* one line of each output row, far apart: fetched while the products are made */
+        for (int r = 0; r < x.m; r++)
+            __builtin_prefetch(out + (size_t)to[r] * hidden, 1, 2);
         j->down(y, KERN_PANEL, w, &x);
         for (int r = 0; r < x.m; r++)
-            memcpy(j->a->out + (size_t)to[r] * hidden + (size_t)panel * KERN_PANEL,
-                   y + r * KERN_PANEL, sizeof(float) * KERN_PANEL);
+            memcpy(out + (size_t)to[r] * hidden, y + r * KERN_PANEL, sizeof(float) * KERN_PANEL);
     }
 }
 
@@ -236,8 +258,9 @@ static bool take_stretch(job *j, int phase, int n_threads, uint64_t *from, uint6
 }
 
 /* Runs the panels that begin in the stretches this thread gets, which come in ascending order. */
-static void products(job *j, int phase, int n_threads)
+static void products(job *j, int phase, int thread_i, int n_threads)
 {
+    input in = {0};
     const group *g = j->groups, *end = j->groups + j->n_groups;
     uint64_t from, to;
     while (take_stretch(j, phase, n_threads, &from, &to)) {
@@ -247,9 +270,10 @@ static void products(job *j, int phase, int n_threads)
             uint64_t start = g->at[phase], step = g->step[phase];
             int first = from > start ? (int)((from - start + step - 1) / step) : 0;
             int last = imin((int)((to - start + step - 1) / step), panels_of(j, phase));
+            if (phase == 0 && in.g != g && first < last) gather(j, g, thread_i, &in);
             for (int p = first; p < last; p++) {
                 if (phase == 0)
-                    gate_up_panel(j, g, p);
+                    gate_up_panel(j, &in, p);
                 else
                     down_panel(j, g, p);
             }
@@ -261,31 +285,28 @@ static void products(job *j, int phase, int n_threads)
 static void prepare_mid(job *j)
 {
     int at;
-    while (take(j, 2, 1, j->a->n_pairs, &at))
+    while (take(j, 1, j->a->n_pairs, &at))
         kern_record_from_f32(&j->mid, j->mid_records + (size_t)at * j->mid.bytes,
                              j->h + (size_t)at * (size_t)j->s->inter);
 }
 
 static void run(void *arg, int thread_i, int n_threads)
 {
-    (void)thread_i;
     job *j = arg;
     prepare_rows(j);
     ep_pool_barrier(j->pool);
-    gather_pairs(j);
-    ep_pool_barrier(j->pool);
-    products(j, 0, n_threads);
+    products(j, 0, thread_i, n_threads);
     ep_pool_barrier(j->pool);
     prepare_mid(j);
     ep_pool_barrier(j->pool);
-    products(j, 1, n_threads);
+    products(j, 1, thread_i, n_threads);
 }
 
 void kern_ffn(ep_pool *pool, const kern_stack *s, const kern_ffn_args *a, void *scratch)
 {
     if (a->n_pairs == 0) return;
     assert(a->act == KERN_ACT_F32 || a->act == kern_stack_act(s));
-    layout l = lay_out(s, (size_t)a->n_rows, (size_t)a->n_pairs);
+    layout l = lay_out(s, (size_t)a->n_rows, (size_t)a->n_pairs, (size_t)ep_pool_size(pool));
     uint8_t *base = scratch;
     job j = {.s = s,
              .a = a,
@@ -297,14 +318,13 @@ void kern_ffn(ep_pool *pool, const kern_stack *s, const kern_ffn_args *a, void *
              .gate_panel = kern_panel_bytes(s->gate_type, s->hidden),
              .up_panel = kern_panel_bytes(s->up_type, s->hidden),
              .down_panel = kern_panel_bytes(s->down_type, s->inter),
+             .gathered = base + l.gathered,
+             .gathered_bytes = l.gathered_bytes,
              .mid_records = base + l.mid,
              .h = (float *)(void *)(base + l.h),
              .groups = (group *)(void *)(base + l.groups)};
     j.n_forms = forms_of(s, j.in);
-    for (int i = 0; i < j.n_forms; i++) {
-        j.row_records[i] = base + l.rows[i];
-        j.pair_records[i] = base + l.pairs[i];
-    }
+    for (int i = 0; i < j.n_forms; i++) j.row_records[i] = base + l.rows[i];
     cut(&j);
     ep_pool_run(pool, run, &j);
 }
