@@ -4,15 +4,17 @@
  * base: what every other folder stands on and that knows nothing of MoE: status codes, error texts,
  * logging, counted memory, time, byte cursors, a worker pool and a bounded queue.
  *
- * Every function that can fail returns ep_status; outputs are set only on success. Unless a function
- * says otherwise it may be called from any thread as long as two threads do not share an object.
+ * Every function that can fail returns ep_status; outputs are set only on success. Unless a
+ * function says otherwise it may be called from any thread as long as two threads do not share an
+ * object.
  */
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-/* ---- status ------------------------------------------------------------------------------------ */
+/* ---- status ------------------------------------------------------------------------------------
+ */
 
 /* The range says who is hurt: -1..-19 this request, -20..-39 this peer, -40..-59 this process. */
 typedef enum ep_status {
@@ -45,7 +47,8 @@ typedef struct ep_err {
 ep_status ep_fail(ep_err *err, ep_status s, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* ---- logging ----------------------------------------------------------------------------------- */
+/* ---- logging -----------------------------------------------------------------------------------
+ */
 
 typedef enum ep_level { EP_LOG_ERROR, EP_LOG_WARN, EP_LOG_INFO, EP_LOG_DEBUG } ep_level;
 
@@ -53,14 +56,16 @@ typedef enum ep_level { EP_LOG_ERROR, EP_LOG_WARN, EP_LOG_INFO, EP_LOG_DEBUG } e
  * Call once before threads start; the text is copied. The environment variable MOED_LOG
  * (error, warn, info, debug) overrides the level. */
 void ep_log_open(const char *who, ep_level level);
-/* One line to stderr, prefixed with the syslog priority <N> where stderr is the journal; keeps errno. */
+/* One line to stderr, prefixed with the syslog priority <N> where stderr is the journal; keeps
+ * errno. */
 void ep_log(ep_level level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 #define log_error(...) ep_log(EP_LOG_ERROR, __VA_ARGS__)
 #define log_warn(...)  ep_log(EP_LOG_WARN, __VA_ARGS__)
 #define log_info(...)  ep_log(EP_LOG_INFO, __VA_ARGS__)
 #define log_debug(...) ep_log(EP_LOG_DEBUG, __VA_ARGS__)
 
-/* ---- memory ------------------------------------------------------------------------------------ */
+/* ---- memory ------------------------------------------------------------------------------------
+ */
 
 /* All memory of the project comes from here, so that a test can count it and make it fail.
  * NULL when there is none (or when EP_ALLOC_FAIL=n says that the n-th call fails). 64-byte aligned
@@ -76,7 +81,8 @@ uint64_t ep_alloc_count(void);
 /* For tests: makes the n-th allocation call from now fail once; 0 switches it off. */
 void ep_alloc_fail_at(int64_t n);
 
-/* Large, zeroed, page-aligned memory with huge pages where the kernel grants them. NULL on failure. */
+/* Large, zeroed, page-aligned memory with huge pages where the kernel grants them. NULL on failure.
+ */
 void *ep_map(size_t bytes);
 void ep_unmap(void *p, size_t bytes);
 
@@ -100,7 +106,8 @@ ep_status ep_buf_add(ep_buf *b, const void *p, size_t n);
 ep_status ep_buf_printf(ep_buf *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void ep_buf_fini(ep_buf *b);
 
-/* ---- time -------------------------------------------------------------------------------------- */
+/* ---- time --------------------------------------------------------------------------------------
+ */
 
 typedef struct ep_time {
     int64_t ns; /* CLOCK_MONOTONIC */
@@ -111,7 +118,8 @@ int64_t ep_time_diff_ns(ep_time later, ep_time earlier);
 bool ep_time_is_past(ep_time deadline, ep_time now);
 #define EP_TIME_NEVER ((ep_time){INT64_MAX})
 
-/* ---- byte cursors ------------------------------------------------------------------------------ */
+/* ---- byte cursors ------------------------------------------------------------------------------
+ */
 
 /* Reads little-endian values from untrusted bytes. Reading past the end returns 0 and sets `bad`,
  * which stays set: check it once after a group of reads. */
@@ -128,7 +136,8 @@ uint64_t ep_get_u64(ep_cursor *c);
 float ep_get_f32(ep_cursor *c);
 const uint8_t *ep_get_bytes(ep_cursor *c, size_t n); /* borrowed; NULL and bad when short */
 
-/* ---- worker pool ------------------------------------------------------------------------------- */
+/* ---- worker pool -------------------------------------------------------------------------------
+ */
 
 /* n threads that run one function together. Workers spin briefly, then sleep. */
 typedef struct ep_pool ep_pool;
@@ -142,7 +151,8 @@ void ep_pool_run(ep_pool *p, ep_pool_fn fn, void *arg);
 void ep_pool_barrier(ep_pool *p);
 void ep_pool_close(ep_pool *p);
 
-/* ---- bounded queue ----------------------------------------------------------------------------- */
+/* ---- bounded queue -----------------------------------------------------------------------------
+ */
 
 /* Any number of producers and consumers, pointers in order. It does not wake anybody: the owner of
  * a consumer passes `wake`, which is called after each push, on the pushing thread. */

@@ -18,6 +18,12 @@ ep_time ep_time_after_ms(ep_time t, int64_t ms)
     return (ep_time){t.ns + ms * 1000000};
 }
 
-int64_t ep_time_diff_ns(ep_time later, ep_time earlier) { return later.ns - earlier.ns; }
+int64_t ep_time_diff_ns(ep_time later, ep_time earlier)
+{
+    return later.ns - earlier.ns;
+}
 
-bool ep_time_is_past(ep_time deadline, ep_time now) { return now.ns >= deadline.ns; }
+bool ep_time_is_past(ep_time deadline, ep_time now)
+{
+    return now.ns >= deadline.ns;
+}

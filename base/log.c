@@ -1,7 +1,8 @@
 /*
- * Logging: one line to stderr per call, written with one system call so that lines of several threads
- * and processes do not mix. Under systemd (JOURNAL_STREAM is set) each line starts with its syslog
- * priority, which journald parses; elsewhere with the level in words. Never used inside a step.
+ * Logging: one line to stderr per call, written with one system call so that lines of several
+ * threads and processes do not mix. Under systemd (JOURNAL_STREAM is set) each line starts with its
+ * syslog priority, which journald parses; elsewhere with the level in words. Never used inside a
+ * step.
  */
 #include "base/base.h"
 

@@ -1,8 +1,8 @@
 /*
- * Counted memory. Every allocation of the project passes through `take`, so a test can count them (a
- * step must make none) and the variable EP_ALLOC_FAIL=n can make the n-th fail (every error path must
- * come out clean). Blocks are ordinary malloc memory, aligned to 64 bytes when large enough to be
- * vector data. Arenas and byte buffers stand on the same functions.
+ * Counted memory. Every allocation of the project passes through `take`, so a test can count them
+ * (a step must make none) and the variable EP_ALLOC_FAIL=n can make the n-th fail (every error path
+ * must come out clean). Blocks are ordinary malloc memory, aligned to 64 bytes when large enough to
+ * be vector data. Arenas and byte buffers stand on the same functions.
  */
 #include "base/base.h"
 
@@ -35,7 +35,10 @@ void ep_alloc_fail_at(int64_t n)
     atomic_store(&n_calls, 0);
 }
 
-uint64_t ep_alloc_count(void) { return atomic_load_explicit(&n_allocs, memory_order_relaxed); }
+uint64_t ep_alloc_count(void)
+{
+    return atomic_load_explicit(&n_allocs, memory_order_relaxed);
+}
 
 void *ep_alloc(size_t bytes)
 {
@@ -91,13 +94,17 @@ char *ep_strfmt(const char *fmt, ...)
     return s;
 }
 
-void ep_free(void *p) { free(p); }
+void ep_free(void *p)
+{
+    free(p);
+}
 
 void *ep_map(size_t bytes)
 {
     if (!take()) return NULL;
     /* Huge pages need 2 MiB alignment; the kernel aligns large anonymous maps by itself. */
-    void *p = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *p =
+        mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) return NULL;
     if (bytes >= (size_t)2 << 20) (void)madvise(p, bytes, MADV_HUGEPAGE);
     atomic_fetch_add_explicit(&n_allocs, 1, memory_order_relaxed);
@@ -130,7 +137,10 @@ void *ep_arena_get(ep_arena *a, size_t bytes)
     return p;
 }
 
-void ep_arena_reset(ep_arena *a) { a->used = 0; }
+void ep_arena_reset(ep_arena *a)
+{
+    a->used = 0;
+}
 
 void ep_arena_fini(ep_arena *a)
 {
@@ -146,7 +156,8 @@ ep_status ep_buf_reserve(ep_buf *b, size_t more)
     size_t need = b->len + more;
     if (need <= b->cap) return EP_OK;
     size_t cap = b->cap ? b->cap : 256;
-    while (cap < need) cap *= 2;
+    while (cap < need)
+        cap *= 2;
     uint8_t *data = ep_grow(b->data, b->len, cap);
     if (data == NULL) return EP_ERR_NOMEM;
     b->data = data;

@@ -1,9 +1,9 @@
 /*
- * Worker pool: n - 1 threads that, with the caller, run one function together. A run is announced by a
- * generation counter; workers spin on it briefly, because the next run of a step follows within
- * microseconds, and then sleep on a futex, because an idle daemon must cost nothing. The end of a run
- * and the barrier use the same counted rendezvous. When there are more threads than processors a
- * spinning waiter would keep the others from working, so waiters yield there instead.
+ * Worker pool: n - 1 threads that, with the caller, run one function together. A run is announced
+ * by a generation counter; workers spin on it briefly, because the next run of a step follows
+ * within microseconds, and then sleep on a futex, because an idle daemon must cost nothing. The end
+ * of a run and the barrier use the same counted rendezvous. When there are more threads than
+ * processors a spinning waiter would keep the others from working, so waiters yield there instead.
  */
 #include "base/base.h"
 
@@ -28,10 +28,13 @@ struct ep_pool {
     struct worker {
         ep_pool *pool;
         int index;
-    } *workers;
+    } * workers;
 };
 
-static void pause_cpu(void) { __builtin_ia32_pause(); }
+static void pause_cpu(void)
+{
+    __builtin_ia32_pause();
+}
 
 static void wait_generation(ep_pool *p, uint32_t seen)
 {
@@ -105,7 +108,10 @@ fail:
     return status;
 }
 
-int ep_pool_size(const ep_pool *p) { return p == NULL ? 1 : p->n; }
+int ep_pool_size(const ep_pool *p)
+{
+    return p == NULL ? 1 : p->n;
+}
 
 void ep_pool_run(ep_pool *p, ep_pool_fn fn, void *arg)
 {
@@ -125,7 +131,8 @@ void ep_pool_close(ep_pool *p)
     if (p == NULL) return;
     atomic_store(&p->stop, true);
     announce(p);
-    for (int i = 1; i <= p->n_started; i++) pthread_join(p->threads[i], NULL);
+    for (int i = 1; i <= p->n_started; i++)
+        pthread_join(p->threads[i], NULL);
     ep_free(p->threads);
     ep_free(p->workers);
     ep_free(p);

@@ -1,7 +1,7 @@
 /*
- * Bounded queue of pointers between threads: a ring under a mutex. Messages are requests, tokens and
- * statistics, thousands a second at most, so a lock is simple and enough. Waking the consumer is the
- * owner's business (`wake`), because an engine sleeps in its transport, not here.
+ * Bounded queue of pointers between threads: a ring under a mutex. Messages are requests, tokens
+ * and statistics, thousands a second at most, so a lock is simple and enough. Waking the consumer
+ * is the owner's business (`wake`), because an engine sleeps in its transport, not here.
  */
 #include "base/base.h"
 

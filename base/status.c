@@ -9,20 +9,34 @@
 const char *ep_status_name(ep_status s)
 {
     switch (s) {
-    case EP_OK: return "ok";
-    case EP_AGAIN: return "nothing ready";
-    case EP_ERR_INVALID: return "invalid";
-    case EP_ERR_TOO_LARGE: return "too large";
-    case EP_ERR_BUSY: return "busy";
-    case EP_ERR_CANCELED: return "canceled";
-    case EP_ERR_DEADLINE: return "deadline exceeded";
-    case EP_ERR_UNSUPPORTED: return "not supported";
-    case EP_ERR_PROTO: return "protocol error";
-    case EP_ERR_PEER_LOST: return "peer lost";
-    case EP_ERR_NOMEM: return "out of memory";
-    case EP_ERR_IO: return "input/output error";
-    case EP_ERR_DEVICE: return "device error";
-    case EP_ERR_BUG: return "internal error";
+    case EP_OK:
+        return "ok";
+    case EP_AGAIN:
+        return "nothing ready";
+    case EP_ERR_INVALID:
+        return "invalid";
+    case EP_ERR_TOO_LARGE:
+        return "too large";
+    case EP_ERR_BUSY:
+        return "busy";
+    case EP_ERR_CANCELED:
+        return "canceled";
+    case EP_ERR_DEADLINE:
+        return "deadline exceeded";
+    case EP_ERR_UNSUPPORTED:
+        return "not supported";
+    case EP_ERR_PROTO:
+        return "protocol error";
+    case EP_ERR_PEER_LOST:
+        return "peer lost";
+    case EP_ERR_NOMEM:
+        return "out of memory";
+    case EP_ERR_IO:
+        return "input/output error";
+    case EP_ERR_DEVICE:
+        return "device error";
+    case EP_ERR_BUG:
+        return "internal error";
     }
     return "unknown status";
 }

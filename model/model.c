@@ -1,0 +1,438 @@
+/*
+ * What an architecture needs of a file: hyper-parameters from metadata and every tensor, with its
+ * shape, resolved once at open. A missing, misshapen or unserved tensor is refused there with
+ * layer, name, expected and found shape; so is every feature of the metadata that moed does not
+ * compute. After open nobody looks a name up again.
+ *
+ * The architecture is a table of tensors and a list of refusals; today there is one, qwen3moe.
+ */
+#include "model/file.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_DIM = 1 << 24, MAX_LAYERS = 4096, MAX_EXPERTS = 4096, MAX_TOP_K = 32, TEXT = 64 };
+
+/* One reading of a model's metadata; the first fault sticks. */
+typedef struct reader {
+    const model_file *f;
+    const char *arch;
+    ep_err *err;
+    ep_status status;
+} reader;
+
+static ep_status refuse(reader *r, ep_status status, const char *what)
+{
+    if (r->status == EP_OK)
+        r->status = ep_fail(r->err, status, "%s: %s", model_file_path(r->f), what);
+    return r->status;
+}
+
+static const char *key_name(const reader *r, const char *suffix, char *buf, size_t n)
+{
+    snprintf(buf, n, "%s.%s", r->arch, suffix);
+    return buf;
+}
+
+/* A whole number in min..max. fallback < 0: the key must be there. */
+static int get_int(reader *r, const char *suffix, int64_t fallback, int64_t min, int64_t max)
+{
+    char key[128], what[256];
+    uint64_t v = 0;
+    if (r->status != EP_OK) return 0;
+    ep_status status = model_file_u64(r->f, key_name(r, suffix, key, sizeof(key)), &v, r->err);
+    if (status == EP_AGAIN && fallback >= 0) return (int)fallback;
+    if (status == EP_AGAIN) {
+        snprintf(what, sizeof(what), "key %s is missing", key);
+        refuse(r, EP_ERR_INVALID, what);
+        return 0;
+    }
+    if (status != EP_OK) {
+        r->status = status;
+        return 0;
+    }
+    if (v < (uint64_t)min || v > (uint64_t)max) {
+        snprintf(what, sizeof(what), "key %s is %" PRIu64 ", expected %" PRId64 " to %" PRId64, key,
+                 v, min, max);
+        refuse(r, EP_ERR_INVALID, what);
+        return 0;
+    }
+    return (int)v;
+}
+
+static double get_real(reader *r, const char *suffix, double fallback, double min, double max)
+{
+    char key[128], what[256];
+    double v = 0;
+    if (r->status != EP_OK) return 0;
+    ep_status status = model_file_f64(r->f, key_name(r, suffix, key, sizeof(key)), &v, r->err);
+    if (status == EP_AGAIN && isfinite(fallback)) return fallback;
+    if (status == EP_AGAIN) {
+        snprintf(what, sizeof(what), "key %s is missing", key);
+        refuse(r, EP_ERR_INVALID, what);
+        return 0;
+    }
+    if (status != EP_OK) {
+        r->status = status;
+        return 0;
+    }
+    if (!(v >= min && v <= max)) {
+        snprintf(what, sizeof(what), "key %s is %g, expected %g to %g", key, v, min, max);
+        refuse(r, EP_ERR_INVALID, what);
+    }
+    return v;
+}
+
+/* ---- what is not computed ---- */
+
+/* Refuses a whole number that is there with another value than the one that means "off". */
+static void refuse_int(reader *r, const char *suffix, uint64_t off, const char *what)
+{
+    char key[128], text[256];
+    uint64_t v = off;
+    if (r->status != EP_OK) return;
+    ep_status status = model_file_u64(r->f, key_name(r, suffix, key, sizeof(key)), &v, r->err);
+    if (status != EP_OK && status != EP_AGAIN) {
+        r->status = status;
+    } else if (v != off) {
+        snprintf(text, sizeof(text), "%s (%s = %" PRIu64 ") is not implemented", what, key, v);
+        refuse(r, EP_ERR_UNSUPPORTED, text);
+    }
+}
+
+static void refuse_real(reader *r, const char *suffix, double off, const char *what)
+{
+    char key[128], text[256];
+    double v = off;
+    if (r->status != EP_OK) return;
+    ep_status status = model_file_f64(r->f, key_name(r, suffix, key, sizeof(key)), &v, r->err);
+    if (status != EP_OK && status != EP_AGAIN) {
+        r->status = status;
+    } else if (v != off) {
+        snprintf(text, sizeof(text), "%s (%s = %g) is not implemented", what, key, v);
+        refuse(r, EP_ERR_UNSUPPORTED, text);
+    }
+}
+
+static void refuse_rope_scaling(reader *r)
+{
+    char key[128], text[256];
+    const char *s;
+    size_t n;
+    if (r->status != EP_OK) return;
+    ep_status status =
+        model_file_str(r->f, key_name(r, "rope.scaling.type", key, sizeof(key)), &s, &n, r->err);
+    if (status == EP_AGAIN) return;
+    if (status != EP_OK) {
+        r->status = status;
+        return;
+    }
+    bool linear = n == 6 && memcmp(s, "linear", 6) == 0;
+    if (linear) {
+        refuse_real(r, "rope.scaling.factor", 1.0, "linear rope scaling");
+    } else if (n != 4 || memcmp(s, "none", 4) != 0) {
+        snprintf(text, sizeof(text), "rope scaling '%.*s' is not implemented",
+                 (int)(n < 40 ? n : 40), s);
+        refuse(r, EP_ERR_UNSUPPORTED, text);
+    }
+}
+
+static void refuse_features(reader *r)
+{
+    refuse_rope_scaling(r);
+    refuse_int(r, "expert_shared_count", 0, "a shared expert");
+    refuse_int(r, "leading_dense_block_count", 0, "dense leading layers");
+    refuse_int(r, "expert_group_count", 0, "grouped routing");
+    refuse_int(r, "nextn_predict_layers", 0, "multi-token prediction");
+    refuse_int(r, "attention.sliding_window", 0, "a sliding window");
+    refuse_int(r, "expert_gating_func", 1, "another gate than softmax");
+    char key[128];
+    double scale = 1.0; /* 0 and 1 both mean none */
+    if (r->status == EP_OK &&
+        model_file_f64(r->f, key_name(r, "expert_weights_scale", key, sizeof(key)), &scale, NULL) ==
+            EP_OK &&
+        scale != 0.0)
+        refuse_real(r, "expert_weights_scale", 1.0, "scaling of expert weights");
+}
+
+/* ---- hyper-parameters ---- */
+
+static void get_text(const model_file *f, const char *key, char *out, size_t size)
+{
+    const char *s;
+    size_t n;
+    if (model_file_str(f, key, &s, &n, NULL) != EP_OK) return;
+    if (n > size - 1) n = size - 1;
+    memcpy(out, s, n);
+    out[n] = '\0';
+}
+
+static void read_shape(reader *r, model_shape *s)
+{
+    char key[128];
+    s->n_layers = get_int(r, "block_count", -1, 1, MAX_LAYERS);
+    s->hidden = get_int(r, "embedding_length", -1, 1, MAX_DIM);
+    s->context = get_int(r, "context_length", -1, 1, MAX_DIM);
+    s->n_heads = get_int(r, "attention.head_count", -1, 1, 65536);
+    s->n_kv_heads = get_int(r, "attention.head_count_kv", s->n_heads, 1, 65536);
+    int even = r->status == EP_OK ? s->hidden / s->n_heads : 1;
+    s->head_dim = get_int(r, "attention.key_length", even, 1, 65536);
+    int value = get_int(r, "attention.value_length", s->head_dim, 1, 65536);
+    s->rope_dim = get_int(r, "rope.dimension_count", s->head_dim, 2, 65536);
+    s->rope_base = get_real(r, "rope.freq_base", 10000.0, 1.0, 1e12);
+    s->rms_eps = (float)get_real(r, "attention.layer_norm_rms_epsilon", (double)NAN, 1e-12, 1.0);
+    s->n_experts = get_int(r, "expert_count", -1, 1, MAX_EXPERTS);
+    s->top_k = get_int(r, "expert_used_count", -1, 1, MAX_TOP_K);
+    int dense = get_int(r, "feed_forward_length", 0, 0, MAX_DIM);
+    s->inter = get_int(r, "expert_feed_forward_length", dense > 0 ? dense : -1, 1, MAX_DIM);
+    s->gate = MODEL_GATE_SOFTMAX_TOPK;
+    s->renormalise = true; /* qwen3moe's norm_topk_prob is not stored unless it is false */
+    bool norm = true;
+    if (r->status == EP_OK) {
+        ep_status status = model_file_bool(
+            r->f, key_name(r, "expert_weights_norm", key, sizeof(key)), &norm, r->err);
+        if (status == EP_OK)
+            s->renormalise = norm;
+        else if (status != EP_AGAIN)
+            r->status = status;
+    }
+    if (r->status != EP_OK) return;
+    char what[256] = "";
+    if (value != s->head_dim)
+        snprintf(what, sizeof(what),
+                 "keys of %d and values of %d per head: unequal lengths are not implemented",
+                 s->head_dim, value);
+    else if (s->n_heads % s->n_kv_heads != 0)
+        snprintf(what, sizeof(what), "%d heads do not divide among %d KV heads", s->n_heads,
+                 s->n_kv_heads);
+    else if (s->rope_dim > s->head_dim || s->rope_dim % 2 != 0)
+        snprintf(what, sizeof(what), "rope over %d elements of a head of %d", s->rope_dim,
+                 s->head_dim);
+    else if (s->top_k > s->n_experts)
+        snprintf(what, sizeof(what), "%d experts used of %d", s->top_k, s->n_experts);
+    else if (s->hidden % 16 != 0 || s->inter % 16 != 0)
+        snprintf(what, sizeof(what), "hidden %d and expert width %d must be multiples of 16",
+                 s->hidden, s->inter);
+    else if ((int64_t)s->n_heads * s->head_dim > MAX_DIM)
+        snprintf(what, sizeof(what), "%d heads of %d are too many", s->n_heads, s->head_dim);
+    if (what[0] != '\0') refuse(r, EP_ERR_INVALID, what);
+}
+
+/* ---- tensors ---- */
+
+static void check_tensor(reader *r, const model_tensor *t, int layer, int n_dims,
+                         const uint64_t *ne)
+{
+    char where[32] = "", expected[96], found[96], what[512];
+    if (layer >= 0) snprintf(where, sizeof(where), "layer %d: ", layer);
+    bool same = true;
+    for (int i = 0; i < 4; i++)
+        same &= t->ne[i] == (i < n_dims ? ne[i] : 1);
+    if (!same) {
+        snprintf(what, sizeof(what), "%stensor %s has shape %s, expected %s", where, t->name,
+                 gguf_shape_text(found, sizeof(found), t->n_dims, t->ne),
+                 gguf_shape_text(expected, sizeof(expected), n_dims, ne));
+        refuse(r, EP_ERR_INVALID, what);
+    } else if (!kern_type_is_served(t->type)) {
+        const char *type = gguf_type_name(t->type);
+        snprintf(what, sizeof(what), "%stensor %s has type %s (%d), which is not implemented",
+                 where, t->name, type != NULL ? type : "unknown", t->type);
+        refuse(r, EP_ERR_UNSUPPORTED, what);
+    }
+}
+
+/* A tensor by name, required; layer < 0: not of a layer. */
+static const model_tensor *want(reader *r, const char *name, int layer, int n_dims,
+                                const uint64_t *ne)
+{
+    char full[TEXT + 32], what[256], expected[96];
+    if (r->status != EP_OK) return NULL;
+    if (layer < 0)
+        snprintf(full, sizeof(full), "%s", name);
+    else
+        snprintf(full, sizeof(full), "blk.%d.%s", layer, name);
+    const model_tensor *t = model_file_find(r->f, full);
+    if (t == NULL) {
+        snprintf(what, sizeof(what), "%stensor %s %s is missing", layer >= 0 ? "layer " : "", full,
+                 gguf_shape_text(expected, sizeof(expected), n_dims, ne));
+        if (layer >= 0)
+            snprintf(what, sizeof(what), "layer %d: tensor %s %s is missing", layer, full,
+                     gguf_shape_text(expected, sizeof(expected), n_dims, ne));
+        refuse(r, EP_ERR_INVALID, what);
+        return NULL;
+    }
+    check_tensor(r, t, layer, n_dims, ne);
+    return r->status == EP_OK ? t : NULL;
+}
+
+/* Vectors and norms are read as floats where they lie. */
+static const model_tensor *want_vector(reader *r, const char *name, int layer, int n)
+{
+    char what[256];
+    const model_tensor *t = want(r, name, layer, 1, (uint64_t[]){(uint64_t)n});
+    if (t != NULL && t->type != KERN_F32) {
+        snprintf(what, sizeof(what), "tensor %s has type %s, expected F32", t->name,
+                 gguf_type_name(t->type));
+        refuse(r, EP_ERR_UNSUPPORTED, what);
+    }
+    return t;
+}
+
+static const model_tensor *want_matrix(reader *r, const char *name, int layer, int k, int n)
+{
+    return want(r, name, layer, 2, (uint64_t[]){(uint64_t)k, (uint64_t)n});
+}
+
+static const model_tensor *want_experts(reader *r, const char *name, int layer, int k, int n,
+                                        int n_experts)
+{
+    return want(r, name, layer, 3, (uint64_t[]){(uint64_t)k, (uint64_t)n, (uint64_t)n_experts});
+}
+
+/* Tensors whose presence means a computation that moed does not do. */
+static void refuse_tensors(reader *r, int layer)
+{
+    static const struct {
+        const char *name, *what;
+    } unserved[] = {
+        {"attn_q.bias", "a bias of the query projection"},
+        {"attn_k.bias", "a bias of the key projection"},
+        {"attn_v.bias", "a bias of the value projection"},
+        {"attn_output.bias", "a bias of the output projection"},
+        {"attn_qkv.weight", "a fused query, key and value projection"},
+        {"attn_sinks.weight", "attention sinks"},
+        {"ffn_gate_up_exps.weight", "fused gate and up experts"},
+        {"ffn_gate_exps.bias", "a bias of the gate experts"},
+        {"ffn_up_exps.bias", "a bias of the up experts"},
+        {"ffn_down_exps.bias", "a bias of the down experts"},
+        {"ffn_gate_exps.scale", "a scale per expert"},
+        {"ffn_up_exps.scale", "a scale per expert"},
+        {"ffn_down_exps.scale", "a scale per expert"},
+        {"ffn_gate_inp.bias", "a bias of the gate"},
+        {"exp_probs_b.bias", "a selection bias of the gate"},
+        {"ffn_gate_inp_shexp.weight", "a shared expert"},
+        {"ffn_gate_shexp.weight", "a shared expert"},
+        {"ffn_gate.0.weight", "experts as one matrix each (an old file: convert the model again)"},
+    };
+    for (size_t i = 0; i < sizeof(unserved) / sizeof(unserved[0]) && r->status == EP_OK; i++) {
+        char full[TEXT + 32], what[256];
+        snprintf(full, sizeof(full), "blk.%d.%s", layer, unserved[i].name);
+        if (model_file_find(r->f, full) == NULL) continue;
+        snprintf(what, sizeof(what), "layer %d: tensor %s: %s is not implemented", layer, full,
+                 unserved[i].what);
+        refuse(r, EP_ERR_UNSUPPORTED, what);
+    }
+}
+
+static void read_layer(reader *r, const model_shape *s, int l, model_layer *y)
+{
+    int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
+    refuse_tensors(r, l);
+    y->attn_norm = want_vector(r, "attn_norm.weight", l, s->hidden);
+    y->q = want_matrix(r, "attn_q.weight", l, s->hidden, q);
+    y->k = want_matrix(r, "attn_k.weight", l, s->hidden, kv);
+    y->v = want_matrix(r, "attn_v.weight", l, s->hidden, kv);
+    y->o = want_matrix(r, "attn_output.weight", l, q, s->hidden);
+    y->q_norm = want_vector(r, "attn_q_norm.weight", l, s->head_dim);
+    y->k_norm = want_vector(r, "attn_k_norm.weight", l, s->head_dim);
+    y->ffn_norm = want_vector(r, "ffn_norm.weight", l, s->hidden);
+    y->gate_inp = want_matrix(r, "ffn_gate_inp.weight", l, s->hidden, s->n_experts);
+    y->gate_exps = want_experts(r, "ffn_gate_exps.weight", l, s->hidden, s->inter, s->n_experts);
+    y->up_exps = want_experts(r, "ffn_up_exps.weight", l, s->hidden, s->inter, s->n_experts);
+    y->down_exps = want_experts(r, "ffn_down_exps.weight", l, s->inter, s->hidden, s->n_experts);
+}
+
+/* token_embd gives the vocabulary; the tokenizer's list must agree where there is one. */
+static void read_ends(reader *r, model *m)
+{
+    model_shape *s = &m->shape;
+    char what[256];
+    const model_tensor *embd = model_file_find(r->f, "token_embd.weight");
+    size_t tokens = model_file_arr_len(r->f, "tokenizer.ggml.tokens");
+    uint64_t vocab = embd != NULL && embd->n_dims == 2 ? embd->ne[1] : tokens;
+    if (vocab == 0 || vocab > MAX_DIM) {
+        refuse(r, EP_ERR_INVALID,
+               "tensor token_embd.weight is missing, or its vocabulary is out of range");
+        return;
+    }
+    s->vocab = (int)vocab;
+    if (tokens != 0 && tokens != vocab) {
+        snprintf(what, sizeof(what), "the tokenizer has %zu tokens, token_embd.weight %" PRIu64,
+                 tokens, vocab);
+        refuse(r, EP_ERR_INVALID, what);
+        return;
+    }
+    m->token_embd = want_matrix(r, "token_embd.weight", -1, s->hidden, s->vocab);
+    m->output_norm = want_vector(r, "output_norm.weight", -1, s->hidden);
+    m->output = m->token_embd;
+    if (model_file_find(r->f, "output.weight") != NULL)
+        m->output = want_matrix(r, "output.weight", -1, s->hidden, s->vocab);
+    if (model_file_find(r->f, "rope_freqs.weight") != NULL)
+        refuse(r, EP_ERR_UNSUPPORTED,
+               "tensor rope_freqs.weight: scaled rope frequencies are not implemented");
+}
+
+/* ---- a model ---- */
+
+ep_status model_open_file(model **out, model_file *file, ep_err *err)
+{
+    reader r = {.f = file, .err = err};
+    model *m = ep_calloc(1, sizeof(*m));
+    if (m == NULL) {
+        ep_fail(err, EP_ERR_NOMEM, "%s: no memory", model_file_path(file));
+        model_file_close(file);
+        return EP_ERR_NOMEM;
+    }
+    m->file = file;
+    get_text(file, "general.architecture", m->shape.arch, sizeof(m->shape.arch));
+    get_text(file, "general.name", m->shape.name, sizeof(m->shape.name));
+    r.arch = m->shape.arch;
+    if (strcmp(r.arch, "qwen3moe") != 0) {
+        char what[128];
+        snprintf(what, sizeof(what), "architecture '%s' is not implemented, only qwen3moe",
+                 r.arch[0] != '\0' ? r.arch : "(none)");
+        refuse(&r, EP_ERR_UNSUPPORTED, what);
+    }
+    if (r.status == EP_OK) read_shape(&r, &m->shape);
+    if (r.status == EP_OK) refuse_features(&r);
+    if (r.status == EP_OK) {
+        m->layers = ep_calloc((size_t)m->shape.n_layers, sizeof(*m->layers));
+        if (m->layers == NULL) refuse(&r, EP_ERR_NOMEM, "no memory");
+    }
+    if (r.status == EP_OK) read_ends(&r, m);
+    for (int l = 0; l < m->shape.n_layers && r.status == EP_OK; l++)
+        read_layer(&r, &m->shape, l, &m->layers[l]);
+    if (r.status != EP_OK) {
+        model_close(m);
+        return r.status;
+    }
+    m->digest = model_file_digest(file);
+    *out = m;
+    return EP_OK;
+}
+
+ep_status model_open(model **out, const char *path, ep_err *err)
+{
+    model_file *f;
+    ep_status status = model_file_open(&f, path, err);
+    return status == EP_OK ? model_open_file(out, f, err) : status;
+}
+
+void model_close(model *m)
+{
+    if (m == NULL) return;
+    model_file_close(m->file);
+    ep_free(m->layers);
+    ep_free(m);
+}
+
+const uint8_t *model_expert(const model *m, int layer, int role, int expert, size_t *bytes)
+{
+    const model_layer *y = &m->layers[layer];
+    const model_tensor *t = role == 0 ? y->gate_exps : role == 1 ? y->up_exps : y->down_exps;
+    *bytes = t->bytes / (size_t)m->shape.n_experts;
+    return t->data + (size_t)expert * *bytes;
+}
