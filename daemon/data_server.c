@@ -1,0 +1,233 @@
+/*
+ * A thread per connection, at most MAX_CONNECTIONS: tensor clients are few and each waits for its
+ * answer before it asks again, so blocking reads are the simplest thing that is right. A frame is
+ * bounded before memory is asked for. The engine never touches a socket: `answer` leaves the packed
+ * reply with the connection's thread and wakes it.
+ */
+#include "daemon/data_server.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <arpa/inet.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MAX_CONNECTIONS = 16, MAX_FORWARD_ENVELOPE = 4096 };
+
+struct data_server {
+    int fd;
+    ep_queue *in;
+    char address[256], path[108];
+    pthread_t thread;
+    atomic_int n_connections;
+};
+
+typedef struct connection {
+    data_server *s;
+    int fd;
+    pthread_mutex_t lock;
+    pthread_cond_t answered;
+    bool done;
+    ep_buf reply;
+} connection;
+
+/* On the engine's thread. */
+static void answer(rank_item *item, const Moed__Envelope *e, const void *payload,
+                   size_t payload_bytes)
+{
+    connection *c = item->connection;
+    rank_item_free(item);
+    pthread_mutex_lock(&c->lock);
+    c->reply.len = 0;
+    if (proto_frame_add(&c->reply, e, payload, payload_bytes) != EP_OK) c->reply.len = 0;
+    c->done = true;
+    pthread_cond_signal(&c->answered);
+    pthread_mutex_unlock(&c->lock);
+}
+
+static bool read_all(int fd, uint8_t *p, size_t n)
+{
+    while (n > 0) {
+        ssize_t got = recv(fd, p, n, 0);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        p += got;
+        n -= (size_t)got;
+    }
+    return true;
+}
+
+static bool write_all(int fd, const uint8_t *p, size_t n)
+{
+    while (n > 0) {
+        ssize_t put = send(fd, p, n, MSG_NOSIGNAL);
+        if (put < 0 && errno == EINTR) continue;
+        if (put <= 0) return false;
+        p += put;
+        n -= (size_t)put;
+    }
+    return true;
+}
+
+/* One request: NULL when the connection ended or sent what is no Forward. */
+static rank_item *read_item(connection *c)
+{
+    uint8_t head[PROTO_FRAME_BYTES];
+    if (!read_all(c->fd, head, sizeof(head))) return NULL;
+    proto_frame f;
+    size_t need;
+    if (proto_frame_take(head, sizeof(head), MAX_FORWARD_ENVELOPE, PROTO_MAX_PAYLOAD, &f, &need) !=
+        EP_AGAIN)
+        return NULL;
+    rank_item *item = ep_calloc(1, sizeof(*item));
+    uint8_t *bytes = ep_alloc(need);
+    if (item == NULL || bytes == NULL) goto fail;
+    memcpy(bytes, head, sizeof(head));
+    if (!read_all(c->fd, bytes + sizeof(head), need - sizeof(head))) goto fail;
+    if (proto_frame_take(bytes, need, MAX_FORWARD_ENVELOPE, PROTO_MAX_PAYLOAD, &f, &need) != EP_OK)
+        goto fail;
+    item->frame = f;
+    item->bytes = bytes;
+    item->answer = answer;
+    item->connection = c;
+    if (f.envelope->body_case == MOED__ENVELOPE__BODY_FORWARD) return item;
+    rank_item_free(item);
+    return NULL;
+fail:
+    ep_free(item);
+    ep_free(bytes);
+    return NULL;
+}
+
+static void *connection_main(void *arg)
+{
+    connection *c = arg;
+    for (rank_item *item; (item = read_item(c)) != NULL;) {
+        c->done = false;
+        while (ep_queue_push(c->s->in, item) == EP_ERR_BUSY)
+            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        pthread_mutex_lock(&c->lock);
+        while (!c->done)
+            pthread_cond_wait(&c->answered, &c->lock);
+        pthread_mutex_unlock(&c->lock);
+        if (c->reply.len == 0 || !write_all(c->fd, c->reply.data, c->reply.len)) break;
+    }
+    close(c->fd);
+    ep_buf_fini(&c->reply);
+    pthread_mutex_destroy(&c->lock);
+    pthread_cond_destroy(&c->answered);
+    atomic_fetch_sub(&c->s->n_connections, 1);
+    ep_free(c);
+    return NULL;
+}
+
+static void serve(data_server *s, int fd)
+{
+    pthread_t t;
+    connection *c = NULL;
+    if (atomic_fetch_add(&s->n_connections, 1) >= MAX_CONNECTIONS ||
+        (c = ep_calloc(1, sizeof(*c))) == NULL)
+        goto refuse;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1},
+               sizeof(int)); /* fails on a Unix socket: no harm */
+    c->s = s;
+    c->fd = fd;
+    pthread_mutex_init(&c->lock, NULL);
+    pthread_cond_init(&c->answered, NULL);
+    if (pthread_create(&t, NULL, connection_main, c) != 0) goto refuse;
+    pthread_detach(t);
+    return;
+refuse:
+    log_warn("a data connection was refused: too many, or no memory");
+    ep_free(c);
+    close(fd);
+    atomic_fetch_sub(&s->n_connections, 1);
+}
+
+static void *accept_main(void *arg)
+{
+    data_server *s = arg;
+    for (;;) {
+        int fd = accept4(s->fd, NULL, NULL, SOCK_CLOEXEC);
+        if (fd >= 0)
+            serve(s, fd);
+        else if (errno == EINVAL || errno == EBADF)
+            return NULL; /* shut down by close */
+        else
+            nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+    }
+}
+
+static ep_status listen_unix(data_server *s, const char *path, ep_err *err)
+{
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof(a.sun_path))
+        return ep_fail(err, EP_ERR_INVALID, "%s: path too long for a socket", path);
+    memcpy(a.sun_path, path, strlen(path));
+    snprintf(s->path, sizeof(s->path), "%s", path);
+    unlink(path); /* of an earlier launch */
+    s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (s->fd < 0 || bind(s->fd, (struct sockaddr *)&a, sizeof(a)) != 0 || chmod(path, 0600) != 0)
+        return ep_fail(err, EP_ERR_IO, "%s: %s", path, strerror(errno));
+    snprintf(s->address, sizeof(s->address), "unix:%s", path);
+    return EP_OK;
+}
+
+static ep_status listen_tcp(data_server *s, const char *host, ep_err *err)
+{
+    struct sockaddr_in a = {.sin_family = AF_INET};
+    socklen_t len = sizeof(a);
+    if (inet_pton(AF_INET, host, &a.sin_addr) != 1)
+        return ep_fail(err, EP_ERR_INVALID, "%s: not an IPv4 address", host);
+    s->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (s->fd < 0 || bind(s->fd, (struct sockaddr *)&a, sizeof(a)) != 0 ||
+        getsockname(s->fd, (struct sockaddr *)&a, &len) != 0)
+        return ep_fail(err, EP_ERR_IO, "%s: %s", host, strerror(errno));
+    snprintf(s->address, sizeof(s->address), "tcp:%s:%u", host, ntohs(a.sin_port));
+    return EP_OK;
+}
+
+ep_status data_server_open(data_server **out, const char *address, ep_queue *in, ep_err *err)
+{
+    data_server *s = ep_calloc(1, sizeof(*s));
+    if (s == NULL) return ep_fail(err, EP_ERR_NOMEM, "out of memory");
+    s->fd = -1;
+    s->in = in;
+    bool is_unix = strncmp(address, "unix:", 5) == 0;
+    ep_status status = is_unix ? listen_unix(s, address + 5, err) : listen_tcp(s, address + 4, err);
+    if (status != EP_OK) goto fail;
+    if (listen(s->fd, 16) != 0 || pthread_create(&s->thread, NULL, accept_main, s) != 0) {
+        status = ep_fail(err, EP_ERR_IO, "%s: %s", address, strerror(errno));
+        goto fail;
+    }
+    *out = s;
+    return EP_OK;
+fail:
+    if (s->fd >= 0) close(s->fd);
+    if (s->path[0] != '\0') unlink(s->path);
+    ep_free(s);
+    return status;
+}
+
+const char *data_server_address(const data_server *s)
+{
+    return s->address;
+}
+
+void data_server_close(data_server *s)
+{
+    if (s == NULL) return;
+    if (s->path[0] != '\0') unlink(s->path);
+    shutdown(s->fd, SHUT_RDWR);
+    pthread_join(s->thread, NULL);
+    close(s->fd);
+    /* Connection threads may still hold s: it is freed with the process, which ends now. */
+}

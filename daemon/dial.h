@@ -1,0 +1,9 @@
+#ifndef EP_DAEMON_DIAL_H
+#define EP_DAEMON_DIAL_H
+#include "base/base.h"
+
+/* A blocking connection to "unix:PATH" or "tcp:HOST:PORT": a file descriptor of the caller's, or -1
+ * with err set (may be NULL). Any thread. */
+int dial_open(const char *address, ep_err *err);
+
+#endif
