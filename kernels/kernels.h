@@ -5,11 +5,11 @@
  * parts of a transformer, for the CPU, behind one set of functions that choose their instruction set
  * once at start. The device contract for shards (CPU or CUDA) is compute.h, built on this.
  *
- * The specification is the scalar code (cpu/scalar.c). Every instruction set gives the same bits,
- * for any batch, thread count and order of calls, because:
+ * The specification is the scalar code (cpu/gemm_scalar.c, cpu/vec_scalar.c). Every instruction set
+ * gives the same bits, for any batch, thread count and order of calls, because:
  *  1. integer products inside a block are exact in int32;
  *  2. the float part of an output element runs over k in ascending blocks, one fixed formula a block
- *     (formula per type: cpu/spec.md);
+ *     (formula per type: cpu/ops.h);
  *  3. vector reductions use 16 lanes (element i goes to lane i%16, lanes are added as a fixed tree:
  *     8+8, 4+4, 2+2, 1+1), and transcendental functions are one polynomial in one order;
  *  4. multiply-add is fused exactly where the specification says fma.
