@@ -14,6 +14,7 @@
 #include "router_node/internal.h"
 
 typedef struct placer {
+    const model_file *file;
     uint8_t *base; /* NULL: measuring */
     size_t used;
 } placer;
@@ -36,7 +37,10 @@ static ep_status put_matrix(placer *p, kern_matrix *out, const model_tensor *t, 
         return ep_fail(err, EP_ERR_INVALID, "%s: rows of %d weights do not fit type %s", t->name, k,
                        kern_type_name(t->type));
     uint8_t *to = place(p, kern_packed_bytes(t->type, n, k));
-    if (to != NULL) kern_pack(t->type, n, k, t->data, to);
+    if (to != NULL) {
+        kern_pack(t->type, n, k, t->data, to);
+        model_file_forget(p->file, t->data, t->bytes); /* not held twice */
+    }
     *out = (kern_matrix){t->type, n, k, to};
     return EP_OK;
 }
@@ -114,7 +118,7 @@ ep_status router_weights_open(router_weights *w, const model *m, int n_positions
     for (int i = 0; i < m->shape.n_layers; i++)
         w->layers[i].form = forms != NULL ? forms[i] : common_form(&m->layers[i]);
 
-    placer p = {0};
+    placer p = {.file = m->file};
     ep_status status = put_all(&p, w, m, err);
     if (status != EP_OK) goto fail;
     w->block_bytes = p.used;
@@ -123,7 +127,7 @@ ep_status router_weights_open(router_weights *w, const model *m, int n_positions
         status = ep_fail(err, EP_ERR_NOMEM, "no memory for %zu bytes of router weights", p.used);
         goto fail;
     }
-    p = (placer){w->block, 0};
+    p = (placer){m->file, w->block, 0};
     status = put_all(&p, w, m, err);
     if (status != EP_OK) goto fail;
     return EP_OK;
