@@ -88,6 +88,13 @@ int main(int argc, char **argv)
             return 2;
         }
     }
+    int known = isa == NULL;
+    for (int i = 0; i < 4; i++)
+        known |= isa != NULL && strcmp(isa, levels[i]) == 0;
+    if (!known) {
+        fprintf(stderr, "check_kernels: no level \"%s\"\n", isa);
+        return 2;
+    }
     printf("seed %llu\n", (unsigned long long)seed);
     first_state = state = seed * 2 + 1;
     if (isa != NULL && !kern_has_level(isa)) {
