@@ -1,7 +1,8 @@
 /*
  * A dense matrix times rows: a stack of one expert. Rows are prepared by all threads, then panels
- * are taken from a counter in ranges; a row's result depends on nothing but the row and the matrix.
- * Columns past n exist in the last panel only as zeros and are never stored.
+ * are taken in stretches, long ones first so that each thread streams its weights, short ones last
+ * so that all end together; a row's result depends on nothing but the row and the matrix. Columns
+ * past n exist in the last panel only as zeros and are never stored.
  */
 #include "kernels/kernels.h"
 #include "kernels/rows.h"
@@ -10,19 +11,19 @@
 #include <stdatomic.h>
 #include <string.h>
 
-enum { MAX_ROWS = 64, PIECE_BYTES = 96 * 1024 };
+enum { CALL_ROWS = 128 /* rows in one panel call */ };
 
 typedef struct job {
     const kern_matrix *w;
     const float *x;
     size_t ldx, ldy, panel_bytes;
-    int rows, n_panels, n_chunks, per_piece;
+    int rows, n_panels;
     float *y;
     kern_record form;
     kern_panel_fn fn;
     uint8_t *records;
     ep_pool *pool;
-    _Atomic int next_row, next_piece;
+    _Atomic int next_row, next_panel;
 } job;
 
 static int imin(int a, int b)
@@ -40,30 +41,40 @@ static void panel(job *j, int panel_i, int first, int m)
         j->fn(y, j->ldy, at, &rows);
         return;
     }
-    _Alignas(64) float part[MAX_ROWS * KERN_PANEL];
+    _Alignas(64) float part[CALL_ROWS * KERN_PANEL];
     j->fn(part, KERN_PANEL, at, &rows);
     for (int r = 0; r < m; r++)
         memcpy(y + (size_t)r * j->ldy, part + r * KERN_PANEL, sizeof(float) * (size_t)cols);
 }
 
+/* Takes panels first .. last-1: a share of what is left. */
+static bool take_panels(job *j, int n_threads, int *first, int *last)
+{
+    int at = atomic_load(&j->next_panel), next;
+    do {
+        if (at >= j->n_panels) return false;
+        int share = (j->n_panels - at) / (2 * n_threads);
+        next = at + (share > 1 ? share : 1);
+    } while (!atomic_compare_exchange_weak(&j->next_panel, &at, next));
+    *first = at;
+    *last = next;
+    return true;
+}
+
 static void run(void *arg, int thread_i, int n_threads)
 {
     (void)thread_i;
-    (void)n_threads;
     job *j = arg;
-    int at;
+    int at, first, last;
     while ((at = atomic_fetch_add(&j->next_row, 1)) < j->rows)
         kern_record_from_f32(&j->form, j->records + (size_t)at * j->form.bytes,
                              j->x + (size_t)at * j->ldx);
     ep_pool_barrier(j->pool);
-    /* A piece is a range of panels for all rows: the panels' weights are read from memory once. */
-    int n_pieces = (j->n_panels + j->per_piece - 1) / j->per_piece;
-    while ((at = atomic_fetch_add(&j->next_piece, 1)) < n_pieces) {
-        int first = at * j->per_piece, last = imin(first + j->per_piece, j->n_panels);
-        for (int c = 0; c < j->rows; c += MAX_ROWS)
-            for (int p = first; p < last; p++)
-                panel(j, p, c, imin(MAX_ROWS, j->rows - c));
-    }
+    /* all rows meet a panel before the next one: weights are read from memory once */
+    while (take_panels(j, n_threads, &first, &last))
+        for (int p = first; p < last; p++)
+            for (int r = 0; r < j->rows; r += CALL_ROWS)
+                panel(j, p, r, imin(CALL_ROWS, j->rows - r));
 }
 
 size_t kern_linear_scratch_bytes(int type, int n, int k, int max_rows, int n_threads)
@@ -90,9 +101,5 @@ void kern_linear(ep_pool *pool, const kern_matrix *w, const float *x, size_t ldx
              .records = scratch,
              .pool = pool};
     assert(j.panel_bytes > 0);
-    /* Ranges short enough that the threads end together even on a small matrix. */
-    int most = (int)(PIECE_BYTES / j.panel_bytes), share = j.n_panels / (8 * ep_pool_size(pool));
-    j.per_piece = imin(most, share);
-    if (j.per_piece < 1) j.per_piece = 1;
     ep_pool_run(pool, run, &j);
 }
