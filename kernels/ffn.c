@@ -2,11 +2,12 @@
  * The stacked product of a layer: down(silu(gate x) * up x) for every (row, expert) pair.
  *
  * Phases with a barrier between them: rows are prepared (once per form that gate and up want),
- * gathered by pair, multiplied by gate and up, and the hidden values, quantised again, by down. In
- * the two product phases all panels of all experts lie on one line of cost, in bytes of cold
- * weights, known in advance; threads take stretches of it, long ones first (so that each streams
- * its weights) and ever shorter ones, so that at 1 row as at 4096 all end within a panel of each
- * other, also when a neighbour slows one of them.
+ * multiplied by gate and up, and the hidden values, quantised again, by down. A thread gathers the
+ * rows of an expert when it comes to it, so they are warm in its own cache. In the two product
+ * phases all panels of all experts lie on one line of cost, in bytes of cold weights, known in
+ * advance; threads take stretches of it, long ones first (so that each streams its weights) and
+ * ever shorter ones, so that at 1 row as at 4096 all end within a panel of each other, also when a
+ * neighbour slows one of them.
  *
  * Every output element is made by one panel call from one row, so results depend on neither the
  * cut nor the company. Nothing is allocated: the scratch is the caller's.
