@@ -56,26 +56,19 @@ static ep_status check_options(const router_options *o, ep_err *err)
     return EP_OK;
 }
 
-/* Rows of a slice so that it and its reply fit a message, whatever its experts. */
-static ep_status size_slices(router *r, ep_err *err)
+int router_slice_rows(const model *m, const kern_act *forms, int top_k, int max_tokens_per_step,
+                      size_t max_message)
 {
-    size_t limit = r->opt.max_message;
-    uint32_t hidden = (uint32_t)r->shape.hidden, k = (uint32_t)r->top_k;
-    int rows = r->opt.max_tokens_per_step;
-    for (int i = 0; limit != 0 && i < r->shape.n_layers; i++) {
-        kern_act form = r->w.layers[i].form;
+    uint32_t hidden = (uint32_t)m->shape.hidden, k = (uint32_t)(top_k > 0 ? top_k : m->shape.top_k);
+    int rows = max_tokens_per_step;
+    for (int i = 0; max_message != 0 && i < m->shape.n_layers; i++) {
+        kern_act form = forms != NULL ? forms[i] : router_layer_form(&m->layers[i]);
         while (rows > 0 &&
-               (wire_slice_bytes(form, hidden, (uint32_t)rows, (uint32_t)rows * k) > limit ||
-                wire_reply_bytes(hidden, (uint32_t)rows * k) > limit))
+               (wire_slice_bytes(form, hidden, (uint32_t)rows, (uint32_t)rows * k) > max_message ||
+                wire_reply_bytes(hidden, (uint32_t)rows * k) > max_message))
             rows--;
-        if (rows == 0)
-            return ep_fail(
-                err, EP_ERR_TOO_LARGE,
-                "layer %d: one row of %u with %u experts does not fit a message of %zu bytes", i,
-                hidden, k, limit);
     }
-    r->slice_rows = rows;
-    return EP_OK;
+    return rows;
 }
 
 static size_t max_size(size_t a, size_t b)
@@ -189,8 +182,12 @@ static ep_status open_parts(router *r, ep_err *err)
     status = router_weights_open(&r->w, r->m, r->page_positions, o->layer_form, err);
     if (status != EP_OK) return status;
     r->counters.weight_bytes = r->w.block_bytes;
-    status = size_slices(r, err);
-    if (status != EP_OK) return status;
+    r->slice_rows =
+        router_slice_rows(r->m, o->layer_form, r->top_k, o->max_tokens_per_step, o->max_message);
+    if (r->slice_rows == 0)
+        return ep_fail(err, EP_ERR_TOO_LARGE,
+                       "one row of %d with %d experts does not fit a message of %zu bytes",
+                       r->shape.hidden, r->top_k, o->max_message);
 
     ep_fail(err, EP_ERR_NOMEM, "no memory for %d positions and %d rows a step", o->kv_tokens,
             o->max_tokens_per_step); /* stands unless the rest succeeds */

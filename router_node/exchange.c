@@ -73,6 +73,10 @@ static void give_up_silent(exchange *x, int i, ep_time now)
         snprintf(why, sizeof(why), "gave no usable answer to %d sends, the last one: %s",
                  slice->sends, wire_reason_name(slice->why));
     } else {
+        if (!shard->silent)
+            log_warn("layer %d: shard %d (rank %d) did not answer %d sends, each within %d ms",
+                     x->layer, r->plan.slices[i].shard_i, rank_of(r, r->plan.slices[i].shard_i),
+                     slice->sends, r->opt.per_layer_ms);
         shard->silent = true;
         shard->retry_at = ep_time_after_ms(now, (int64_t)r->opt.per_layer_ms * r->opt.layer_tries);
         snprintf(why, sizeof(why), "did not answer %d sends, each within %d ms", slice->sends,
@@ -258,6 +262,7 @@ static void take_message(exchange *x, const net_buf *b, ep_time now)
         take_bad(x, shard, &h, why, now);
         return;
     }
+    if (r->shards[shard].silent) log_info("shard %d (rank %d) answers again", shard, b->peer);
     r->shards[shard].silent = false;
     if (h.kind == WIRE_REPLY) {
         take_reply(x, shard, b, &h, now);

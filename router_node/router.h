@@ -31,7 +31,8 @@ typedef struct router_event {
     uint64_t request;
     int32_t token;     /* TOKEN, SCORE */
     int position;      /* of the token in the sequence */
-    double logprob;    /* TOKEN, SCORE: natural log of its probability before sampling filters */
+    double logprob;    /* SCORE, and TOKEN if n_logprobs > 0: natural log of its probability before
+                        * sampling filters; else 0 */
     const router_logprob *top; /* TOKEN: the n_top most probable, descending; borrowed during the call */
     int n_top;
     router_finish finish;      /* DONE */
@@ -94,6 +95,11 @@ typedef struct router_options {
     router_tap tap;
 } router_options;
 router_options router_options_default(void);
+
+/* Rows of a slice at most, so that it and its reply fit max_message whatever its experts; 0: not even one row
+ * does. What a shard takes as max_rows must not be less. forms: layer_form, or NULL; top_k 0: the model's. */
+int router_slice_rows(const model *m, const kern_act *forms, int top_k, int max_tokens_per_step,
+                      size_t max_message);
 
 /* Resolves and packs the tensors of a router; err names what is missing or too large. */
 ep_status router_open(router **out, const router_options *opt, ep_err *err);

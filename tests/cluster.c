@@ -127,18 +127,15 @@ static ep_status open_router(cluster *c, int i, size_t max_message, ep_err *err)
 
 static ep_status open_shard(cluster *c, int i, size_t max_message, ep_err *err)
 {
-    const model_shape *shape = &c->opt.m->shape;
-    uint32_t rows = (uint32_t)c->opt.router.max_tokens_per_step;
-    while (rows > 1 &&
-           wire_reply_bytes((uint32_t)shape->hidden, rows * (uint32_t)shape->top_k) > max_message)
-        rows--;
+    const router_options *r = &c->opt.router;
+    int rows = router_slice_rows(c->opt.m, NULL, r->top_k, r->max_tokens_per_step, max_message);
     int rank = c->opt.n_routers + i;
     shard_options o = {.m = c->opt.m,
                        .placement = &c->placement,
                        .shard_i = i,
                        .device = "cpu",
                        .n_threads = c->opt.shard_threads,
-                       .max_rows = (int)rows};
+                       .max_rows = rows > 0 ? rows : 1};
     ep_status status = shard_open(&c->shards[i], &o, err);
     if (status != EP_OK) return status;
     shard_run *run = malloc(sizeof(*run));

@@ -103,7 +103,7 @@ static void test_dead_shard(void)
     cluster_options o = plain(micro);
     o.n_shards = 2;
     o.router.max_sequences = 16;
-    o.router.per_layer_ms = 40;
+    o.router.per_layer_ms = 400; /* the living shard must not seem dead on a busy machine */
     o.router.layer_tries = 2;
     cluster *c = start(&o);
     if (c == NULL) return;
@@ -167,7 +167,7 @@ static void test_dead_shard_beside(void)
         o.n_shards = 2;
         o.router.top_k = 1;
         o.router.max_sequences = 16;
-        o.router.per_layer_ms = 40;
+        o.router.per_layer_ms = 400; /* the living shard must not seem dead on a busy machine */
         o.router.layer_tries = is_dead ? 2 : 200;
         c[is_dead] = start(&o);
         if (c[is_dead] == NULL) return;
