@@ -546,6 +546,8 @@ static ep_status open_bell(mpi_net *m, ep_status mine, ep_err *err)
     int32_t owner = bell_join(m->bell, cards);
     net_mpi_allgather(&owner, sizeof(owner), joined);
     status = bell_connect(m->bell, cards, joined, err);
+    log_debug("transport open, %d peers on this host, %d elsewhere",
+              m->opt.n_ranks - 1 - bell_n_remote(m->bell), bell_n_remote(m->bell));
 done:
     ep_free(joined);
     ep_free(cards);

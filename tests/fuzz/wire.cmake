@@ -1,0 +1,1 @@
+moed_fuzz(wire LIBS moed_proto)
