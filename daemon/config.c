@@ -16,7 +16,7 @@
 #include <unistd.h>
 #include <yaml.h>
 
-enum { MAX_FILE_BYTES = 1 << 20, MAX_RANKS = 4096 };
+enum { MAX_FILE_BYTES = 1 << 20, MAX_RANKS = 4096, MAX_DEPTH = 16 };
 
 typedef struct reader {
     config *c;
@@ -105,6 +105,7 @@ static void set_int(reader *r, const config_key *k, const char *path, const yaml
 static bool is_choice(const char *choices, const char *text)
 {
     size_t n = strlen(text);
+    if (strchr(text, '|') != NULL) return false; /* would match across two */
     for (const char *at = choices; n > 0 && (at = strstr(at, text)) != NULL; at++)
         if ((at == choices || at[-1] == '|') && (at[n] == '|' || at[n] == '\0')) return true;
     return false;
@@ -322,6 +323,16 @@ static void check_ranks(reader *r)
                          c->shards[i].name);
 }
 
+/* Relative paths are relative to the file's folder: ranks start anywhere. */
+static const char *beside_file(reader *r, const char *path)
+{
+    char text[PATH_MAX];
+    const char *slash = strrchr(r->c->path, '/');
+    if (path[0] == '/' || slash == NULL) return path;
+    snprintf(text, sizeof(text), "%.*s/%s", (int)(slash - r->c->path), r->c->path, path);
+    return keep(r, text, strlen(text));
+}
+
 /* Default of front.control: a socket beside the clients' one, for ranks of this machine. */
 static void resolve(reader *r)
 {
@@ -331,11 +342,8 @@ static void resolve(reader *r)
         return;
     }
     char text[PATH_MAX];
-    const char *slash = strrchr(c->path, '/');
-    if (c->model[0] != '/' && slash != NULL) {
-        snprintf(text, sizeof(text), "%.*s/%s", (int)(slash - c->path), c->path, c->model);
-        c->model = keep(r, text, strlen(text));
-    }
+    c->model = beside_file(r, c->model);
+    if (c->packed != NULL) c->packed = beside_file(r, c->packed);
     if (c->front.socket == NULL) {
         const char *run = getenv("XDG_RUNTIME_DIR");
         if (geteuid() == 0)
@@ -390,22 +398,28 @@ static void read_document(reader *r, const char *text, size_t len)
     yaml_parser_delete(&parser);
 }
 
-/* Aliases can blow a small file up and make cycles: refused before the tree is built. */
-static bool has_alias(const char *text, size_t len)
+/* Looks at the events before the tree is built. Aliases can blow a small file up and make cycles,
+ * and libyaml needs quadratic time for deep nesting. NULL, or what is not allowed. */
+static const char *forbidden(const char *text, size_t len)
 {
     yaml_parser_t parser;
-    if (!yaml_parser_initialize(&parser)) return true;
+    if (!yaml_parser_initialize(&parser)) return "out of memory";
     yaml_parser_set_input_string(&parser, (const unsigned char *)text, len);
-    bool found = false, end = false;
-    while (!end && !found) {
+    const char *what = NULL;
+    int depth = 0;
+    for (bool end = false; !end && what == NULL;) {
         yaml_event_t event;
         if (!yaml_parser_parse(&parser, &event)) break; /* reported by read_document */
-        found = event.type == YAML_ALIAS_EVENT;
+        if (event.type == YAML_MAPPING_START_EVENT || event.type == YAML_SEQUENCE_START_EVENT)
+            depth++;
+        if (event.type == YAML_MAPPING_END_EVENT || event.type == YAML_SEQUENCE_END_EVENT) depth--;
+        if (event.type == YAML_ALIAS_EVENT) what = "aliases (*name) are not allowed";
+        if (depth > MAX_DEPTH) what = "lists and keys lie too deep in each other";
         end = event.type == YAML_STREAM_END_EVENT;
         yaml_event_delete(&event);
     }
     yaml_parser_delete(&parser);
-    return found;
+    return what;
 }
 
 ep_status config_parse(config **out, const char *name, const char *text, size_t len, ep_err *err)
@@ -421,8 +435,9 @@ ep_status config_parse(config **out, const char *name, const char *text, size_t 
     for (int i = 0; i < config_n_sections; i++)
         if (!config_sections[i].is_list) config_defaults(&config_sections[i], c);
     c->path = keep(&r, name, strlen(name));
-    if (has_alias(text, len))
-        complain(&r, NULL, "aliases (*name) are not allowed");
+    const char *what = forbidden(text, len);
+    if (what != NULL)
+        complain(&r, NULL, "%s", what);
     else
         read_document(&r, text, len);
     if (r.n_errors == 0) check_ranks(&r);

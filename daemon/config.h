@@ -17,6 +17,7 @@ typedef struct config_rank {
 typedef struct config {
     const char *path;  /* the file, absolute */
     const char *model; /* resolved: relative paths are relative to the file's folder */
+    const char *packed; /* resolved likewise, or NULL */
     const char *kernels;
     struct {
         const char *socket;  /* Unix socket of clients */

@@ -14,6 +14,10 @@ static const config_key model_keys[] = {
     {"model", CONFIG_TEXT, AT(model), 0, 0, NULL, NULL,
      "GGUF file (or one part of a split one); relative to this file's folder"},
 };
+static const config_key packed_keys[] = {
+    {"packed", CONFIG_TEXT_OR_NULL, AT(packed), 0, 0, NULL, NULL,
+     "experts packed by `moectl pack`: shards map it and start at once"},
+};
 static const config_key kernels_keys[] = {
     {"kernels", CONFIG_TEXT, AT(kernels), 0, 0, "auto", "auto|scalar|avx2|avx512|amx",
      "instruction set of the CPU kernels; one the machine lacks is an error"},
@@ -82,16 +86,17 @@ static const config_key launch_keys[] = {
 
 #define KEYS(k) k, (int)(sizeof(k) / sizeof((k)[0]))
 const config_section config_sections[] = {
-    {"model", KEYS(model_keys), true, false},    {"kernels", KEYS(kernels_keys), true, false},
-    {"front", KEYS(front_keys), false, false},   {"routers", KEYS(router_keys), false, true},
-    {"shards", KEYS(shard_keys), false, true},   {"placement", KEYS(placement_keys), false, false},
-    {"wire", KEYS(wire_keys), false, false},     {"limits", KEYS(limits_keys), false, false},
-    {"launch", KEYS(launch_keys), false, false},
+    {"model", KEYS(model_keys), true, false},          {"packed", KEYS(packed_keys), true, false},
+    {"kernels", KEYS(kernels_keys), true, false},      {"front", KEYS(front_keys), false, false},
+    {"routers", KEYS(router_keys), false, true},       {"shards", KEYS(shard_keys), false, true},
+    {"placement", KEYS(placement_keys), false, false}, {"wire", KEYS(wire_keys), false, false},
+    {"limits", KEYS(limits_keys), false, false},       {"launch", KEYS(launch_keys), false, false},
 };
 const int config_n_sections = (int)(sizeof(config_sections) / sizeof(config_sections[0]));
 
-const char *const config_top_names[] = {"model",     "kernels", "front",  "routers", "shards",
-                                        "placement", "wire",    "limits", "launch",  "spares"};
+const char *const config_top_names[] = {"model",   "packed", "kernels",   "front",
+                                        "routers", "shards", "placement", "wire",
+                                        "limits",  "launch", "spares"};
 const int config_n_top_names = (int)(sizeof(config_top_names) / sizeof(config_top_names[0]));
 
 const config_section *config_section_find(const char *name)

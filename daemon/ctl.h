@@ -30,8 +30,8 @@ bool ctl_ask(ctl *c, const Moed__Envelope *question, Moed__Envelope__BodyCase ki
 typedef struct ctl_options {
     const char *address; /* of the daemon */
     bool json;
-    const char *prompt, *prompt_ids, *in_path, *out_path, *path;
-    int n_tokens, n_logprobs, context, layer, chunks;
+    const char *prompt, *prompt_ids, *in_path, *out_path, *path, *path2;
+    int n_threads, n_tokens, n_logprobs, context, layer, chunks;
     bool ignore_eos;
     int deadline_ms;
     Moed__Sampling sampling;
@@ -44,6 +44,7 @@ int ctl_status(const ctl_options *o);
 int ctl_stats(const ctl_options *o);
 int ctl_drain(const ctl_options *o);
 int ctl_inspect(const ctl_options *o);
+int ctl_pack(const ctl_options *o);
 
 /* ctl_npy.c: arrays of rows x columns in NumPy's format, little-endian f4, or bfloat16 as two raw
  * bytes (descr "<V2", what ml_dtypes writes) or u2. Returns false with a message. *values is

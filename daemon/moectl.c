@@ -32,7 +32,8 @@ enum {
     OPT_CHUNKS,
     OPT_LAYER,
     OPT_IN,
-    OPT_OUT
+    OPT_OUT,
+    OPT_THREADS
 };
 
 static const struct argp_option common[] = {
@@ -66,6 +67,8 @@ static const struct argp_option forward_options[] = {
     {"in", OPT_IN, "X.npy", 0, "hidden states [rows, hidden], float32 or bfloat16", 0},
     {"out", OPT_OUT, "Y.npy", 0, "where the result goes, in the type of the input", 0},
     {0}};
+static const struct argp_option pack_options[] = {
+    {"threads", OPT_THREADS, "N", 0, "threads (as many as processors)", 0}, {0}};
 static const struct argp_option no_options[] = {{0}};
 
 static bool whole(const char *text, long min, long max, long *out)
@@ -197,12 +200,15 @@ static error_t parse_verb(int key, char *value, struct argp_state *state)
     case OPT_IN:
         o->in_path = value;
         break;
+    case OPT_THREADS:
+        take_int(state, "threads", value, 1, 256, &o->n_threads);
+        break;
     case OPT_OUT:
         o->out_path = value;
         break;
     case ARGP_KEY_ARG:
-        if (o->path != NULL) argp_error(state, "unexpected argument '%s'", value);
-        o->path = value;
+        if (o->path2 != NULL) argp_error(state, "unexpected argument '%s'", value);
+        *(o->path == NULL ? &o->path : &o->path2) = value;
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -246,6 +252,13 @@ static const struct verb {
      ctl_inspect,
      {no_options, parse_verb, "MODEL.gguf",
       "What a model file holds and what would refuse it; needs no daemon.", children, NULL, NULL}},
+    {"pack",
+     ctl_pack,
+     {pack_options, parse_verb, "MODEL.gguf OUT",
+      "Packs every expert once into a file that shards map at start (`packed:` of the "
+      "configuration); "
+      "needs no daemon.",
+      children, NULL, NULL}},
 };
 
 static void usage(FILE *f)

@@ -54,6 +54,7 @@ ep_status rank_shard_run(rank *r, ep_err *err)
                                .placement = &r->placement,
                                .shard_i = r->rank - r->cfg->n_routers,
                                .device = r->self->device,
+                               .packed = r->cfg->packed,
                                .n_threads = r->self->threads,
                                .max_rows = r->cfg->limits.max_tokens_per_step,
                                .progress = on_progress,

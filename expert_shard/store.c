@@ -44,6 +44,7 @@ static ep_status load_expert(load_job *job, int layer, int local, uint64_t *byte
     const uint8_t *data[3];
     size_t sizes[3];
     const char *name = "";
+    uint64_t *checksum = &s->checksums[(size_t)layer * (size_t)s->n_owned + (size_t)local];
     *bytes_read = 0;
     for (int role = 0; role < 3; role++) {
         int n, k;
@@ -58,9 +59,11 @@ static ep_status load_expert(load_job *job, int layer, int local, uint64_t *byte
         if (role == 0) name = t->name;
         *bytes_read += sizes[role];
     }
+    if (s->cache != NULL)
+        return shard_cache_map(s->cache, s->ops, s->stacks[layer], layer, expert, local, checksum,
+                               err);
     ep_status status =
-        s->ops->stack_load(s->stacks[layer], local, data[0], data[1], data[2],
-                           &s->checksums[(size_t)layer * (size_t)s->n_owned + (size_t)local]);
+        s->ops->stack_load(s->stacks[layer], local, data[0], data[1], data[2], checksum);
     for (int role = 0; role < 3; role++)
         model_file_forget(job->m->file, data[role], sizes[role]);
     if (status != EP_OK)
@@ -199,7 +202,8 @@ static ep_status open_stacks(shard_store *s, const model *m, ep_err *err)
                                .down_type = layer->down_exps->type,
                                .hidden = m->shape.hidden,
                                .inter = m->shape.inter,
-                               .n_experts = s->n_owned};
+                               .n_experts = s->n_owned,
+                               .paged = s->cache != NULL};
         ep_err why = {{0}};
         ep_status status = s->ops->stack_open(s->device, &shape, &s->stacks[l], &why);
         if (status != EP_OK)
@@ -242,9 +246,15 @@ ep_status shard_store_init(shard_store *s, const shard_options *opt, ep_err *err
 
     ep_status status = compute_open(&s->ops, &s->device, opt->device, opt->n_threads, err);
     if (status != EP_OK) return status;
-    status = open_stacks(s, m, err);
-    if (status != EP_OK || s->n_owned == 0) return status;
-    return load_all(s, opt, err);
+    if (opt->packed != NULL && s->ops->stack_map == NULL)
+        log_info("device %s packs its own layout: %s is not used", opt->device, opt->packed);
+    else if (opt->packed != NULL)
+        status = shard_cache_open(&s->cache, opt->packed, m, err);
+    if (status == EP_OK) status = open_stacks(s, m, err);
+    if (status == EP_OK && s->n_owned > 0) status = load_all(s, opt, err);
+    shard_cache_close(s->cache); /* the maps stay */
+    s->cache = NULL;
+    return status;
 }
 
 void shard_store_fini(shard_store *s)

@@ -4,6 +4,7 @@
  * Private to expert_shard. store: the owned experts, packed on a device, and what is known about
  * them. Read-only once loaded. state: the shard as shard.c and serve.c see it.
  */
+#include "expert_shard/cache.h"
 #include "expert_shard/shard.h"
 #include "proto/wire.h"
 
@@ -13,6 +14,7 @@
 typedef struct shard_store {
     const compute_ops *ops;
     compute *device;
+    shard_cache *cache; /* while loading from packed experts, else NULL */
     int n_layers, n_owned;
     int16_t *experts;       /* [n_owned] global ids, ascending: the local order */
     compute_stack **stacks; /* [n_layers]; all NULL when nothing is owned */

@@ -18,6 +18,7 @@ typedef struct compute_stack compute_stack; /* the owned experts of one layer on
 typedef struct compute_shape {
     int gate_type, up_type, down_type; /* kern_type of the file */
     int hidden, inter, n_experts;
+    bool paged; /* experts come by stack_map: strides are multiples of KERN_PAGE */
 } compute_shape;
 
 typedef struct compute_ffn_args {
@@ -44,6 +45,10 @@ typedef struct compute_ops {
      * experts of a stack may be loaded from different threads at once. */
     ep_status (*stack_load)(compute_stack *s, int expert_i, const void *gate, const void *up,
                             const void *down, uint64_t *checksum);
+    /* Maps one expert, packed already, from a file: gate_up and down of the stack's strides at these
+     * places (multiples of KERN_PAGE). The stack was opened with `paged`. errno says why not. NULL for
+     * devices that cannot: they load and pack. Threads as stack_load. */
+    ep_status (*stack_map)(compute_stack *s, int expert_i, int fd, uint64_t gate_up_at, uint64_t down_at);
     /* Recomputes the checksum of a loaded expert. */
     uint64_t (*stack_checksum)(compute_stack *s, int expert_i);
     kern_act (*stack_act)(const compute_stack *s);

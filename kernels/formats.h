@@ -39,6 +39,8 @@ typedef enum kern_act {
     KERN_ACT_BF16 = 4    /* k bfloat16, denormals flushed to zero */
 } kern_act;
 
+#define KERN_PACK_VERSION 1 /* of the packed layout below: a cache of packed experts carries it */
+#define KERN_PAGE 4096      /* stride granularity of stacks whose experts are mapped from a file */
 #define KERN_PANEL 16 /* output columns (rows of the file's matrix) in one packed panel */
 
 /* On-disk blocks, sizes checked below. d and m scales are IEEE half bits. */

@@ -248,7 +248,7 @@ static ep_status next_token(router *r, router_sequence *q, const float *logits)
     ep_status status =
         router_sample(&q->req.sampling, logits, r->shape.vocab, q->tokens, (size_t)q->n_tokens,
                       (uint64_t)q->n_tokens, r->sample_scratch, &e.token);
-    if (status == EP_OK)
+    if (status == EP_OK && e.n_top > 0) /* a pass over the vocabulary: only for who asked */
         status = router_logprobs(logits, r->shape.vocab, e.token, &e.logprob, r->top, e.n_top);
     if (status != EP_OK) return status;
 

@@ -9,6 +9,7 @@
  */
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include "kernels/compute.h"
 #include "kernels/kernels.h"
 
@@ -123,6 +124,10 @@ static ep_status cpu_stack_open(compute *c, const compute_shape *shape, compute_
     if (s == NULL) return ep_fail(err, EP_ERR_NOMEM, "no memory for a stack");
     kern_stack_shape(&s->s, shape->gate_type, shape->up_type, shape->down_type, shape->hidden,
                      shape->inter, shape->n_experts);
+    if (shape->paged) {
+        s->s.gate_up_stride = (s->s.gate_up_stride + KERN_PAGE - 1) / KERN_PAGE * KERN_PAGE;
+        s->s.down_stride = (s->s.down_stride + KERN_PAGE - 1) / KERN_PAGE * KERN_PAGE;
+    }
     s->owner = c;
     size_t n = (size_t)shape->n_experts;
     s->gate_up_bytes = s->s.gate_up_stride * n;
@@ -148,6 +153,22 @@ static ep_status cpu_stack_load(compute_stack *s, int expert_i, const void *gate
     kern_stack_put(&s->s, expert_i, gate, up, down);
     *checksum = kern_stack_checksum(&s->s, expert_i);
     return EP_OK;
+}
+
+/* Replaces the pages of one expert by those of the file. Neighbours that follow one another in the
+ * file become one mapping in the kernel. Populating takes the page faults here, not in the first
+ * request. */
+static ep_status cpu_stack_map(compute_stack *s, int expert_i, int fd, uint64_t gate_up_at,
+                               uint64_t down_at)
+{
+    if (expert_i < 0 || expert_i >= s->s.n_experts) return EP_ERR_INVALID;
+    const size_t i = (size_t)expert_i;
+    const int flags = MAP_SHARED | MAP_FIXED | MAP_POPULATE;
+    void *gate_up = mmap(s->s.gate_up + i * s->s.gate_up_stride, s->s.gate_up_stride, PROT_READ,
+                         flags, fd, (off_t)gate_up_at);
+    void *down = mmap(s->s.down + i * s->s.down_stride, s->s.down_stride, PROT_READ, flags, fd,
+                      (off_t)down_at);
+    return gate_up == MAP_FAILED || down == MAP_FAILED ? EP_ERR_IO : EP_OK;
 }
 
 static uint64_t cpu_stack_checksum(compute_stack *s, int expert_i)
@@ -224,6 +245,7 @@ const compute_ops compute_cpu = {
     .describe = cpu_describe,
     .stack_open = cpu_stack_open,
     .stack_load = cpu_stack_load,
+    .stack_map = cpu_stack_map,
     .stack_checksum = cpu_stack_checksum,
     .stack_act = cpu_stack_act,
     .stack_bytes = cpu_stack_bytes,
