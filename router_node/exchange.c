@@ -193,19 +193,25 @@ static ep_time push(exchange *x, ep_time now)
     return next;
 }
 
+/* Found before or by the checksum, here or at the shard: no field of that header can be believed.
+ */
+static bool is_unreadable(wire_reason why)
+{
+    return why <= WIRE_WHY_KIND || why == WIRE_WHY_COUNT;
+}
+
 /* A message that says nothing usable, from a shard's rank. */
 static void take_bad(exchange *x, int shard, const wire_header *h, wire_reason why, ep_time now)
 {
     router *r = x->r;
     uint64_t i = h->sequence - x->first_sequence;
     if (h->sequence >= x->first_sequence && i < (uint64_t)r->plan.n_slices &&
-        r->plan.slices[i].shard_i == shard) {
-        if (r->slices[i].state != SLICE_SENT) return;
+        r->plan.slices[i].shard_i == shard && r->slices[i].state == SLICE_SENT) {
         r->slices[i].why = why;
         send_again(x, (int)i, now);
         return;
     }
-    if (h->sequence != 0 && h->sequence < x->first_sequence) return; /* of an earlier layer */
+    if (!is_unreadable(why)) return;             /* about a slice that nobody waits for */
     for (int s = 0; s < r->plan.n_slices; s++) { /* could be any of that shard's */
         if (r->plan.slices[s].shard_i != shard || r->slices[s].state != SLICE_SENT) continue;
         r->slices[s].why = why;
