@@ -1,0 +1,3 @@
+if(TARGET moed_config)
+  moed_fuzz(config LIBS moed_config)
+endif()

@@ -1,0 +1,1 @@
+moed_fuzz(frame LIBS moed_proto)

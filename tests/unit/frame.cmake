@@ -1,0 +1,1 @@
+moed_test(test_frame LABEL unit TIMEOUT 60 SOURCES unit/test_frame.c LIBS moed_proto)
