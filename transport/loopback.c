@@ -163,6 +163,9 @@ static void quarantine(loop_net *l, loop_buf *b)
 {
     b->state = QUARANTINED;
     l->pub.stats.quarantined++;
+    if (!l->me->starved) return;
+    l->me->starved = false; /* who waits for credit is to learn that none will come */
+    l->me->woken = true;
 }
 
 /* Gives up sends whose deadline passed and forgets their peers. Returns the nearest deadline left.

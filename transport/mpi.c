@@ -132,7 +132,6 @@ static void put_back(mpi_net *m, mpi_slot *s)
 {
     s->is_out = false;
     net_pool_put(&m->pool, &s->slot);
-    m->refilled = m->refilled || m->starved;
 }
 
 static void mpi_give(net *n, net_buf *b)
@@ -166,6 +165,7 @@ static void remove_receive(mpi_net *m, int i)
 static void lose(mpi_net *m, int peer)
 {
     m->lost[peer] = true;
+    m->refilled = m->starved; /* who waits for credit is to learn that none will come */
     for (int i = m->n_sends - 1; i >= 0; i--) {
         if (m->send_bufs[i]->slot.pub.peer != peer) continue;
         remove_send(m, i);
@@ -229,6 +229,7 @@ static void progress_sends(mpi_net *m)
         bell_ring(m->bell, s->slot.pub.peer);
         put_back(m, s);
     }
+    m->refilled = m->starved;
 }
 
 static ep_status mpi_send(net *n, int peer, net_buf *b)
