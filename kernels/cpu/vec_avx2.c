@@ -13,10 +13,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum {
-    POSITIONS = 4, /* scored together */
-    AHEAD = 8      /* positions that the prefetch runs ahead */
-};
+enum { POSITIONS = 4 }; /* scored together */
 
 /* The 16 lanes. */
 typedef struct pair {
@@ -315,24 +312,15 @@ INLINE const float *next_position(walk *w, const kern_attn_args *a)
     return p;
 }
 
-INLINE void prefetch(const float *p, int dim)
-{
-    for (int i = 0; i < dim; i += 16)
-        _mm_prefetch((const char *)(p + i), _MM_HINT_T0);
-}
-
 static void score(float *scores, const kern_attn_args *a)
 {
-    walk here = {a->pages, 0, 0}, ahead = here;
-    for (int t = 0; t < AHEAD && t < a->n_pos; t++)
-        next_position(&ahead, a);
+    walk here = {a->pages, 0, 0};
     for (int t = 0; t < a->n_pos; t += POSITIONS) {
         int n = a->n_pos - t < POSITIONS ? a->n_pos - t : POSITIONS;
         const float *key[POSITIONS];
         pair sum[POSITIONS];
         for (int j = 0; j < POSITIONS; j++) {
             key[j] = j < n ? next_position(&here, a) + a->k_off : key[n - 1];
-            if (t + AHEAD + j < a->n_pos) prefetch(next_position(&ahead, a) + a->k_off, a->dim);
             sum[j] = zeros();
         }
         int i = 0;
@@ -355,12 +343,9 @@ static void weigh_64(float *out, const kern_attn_args *a, const float *p, int at
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++)
         sum[j] = _mm256_setzero_ps();
-    walk here = {a->pages, 0, 0}, ahead = here;
-    for (int t = 0; t < AHEAD && t < a->n_pos; t++)
-        next_position(&ahead, a);
+    walk here = {a->pages, 0, 0};
     for (int t = 0; t < a->n_pos; t++) {
         const float *v = next_position(&here, a) + a->v_off + at;
-        if (t + AHEAD < a->n_pos) prefetch(next_position(&ahead, a) + a->v_off + at, 64);
         __m256 f = _mm256_set1_ps(p[t]);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++)
