@@ -44,7 +44,7 @@ static ep_status own_range(model_placement *p, int shard, long first, long last,
     if (last >= p->n_experts)
         return ep_fail(err, EP_ERR_INVALID,
                        "shard %d: expert %ld does not exist: the model has experts 0-%d", shard,
-                       first >= p->n_experts ? first : (long)p->n_experts, p->n_experts - 1);
+                       first >= p->n_experts ? first : last, p->n_experts - 1);
     for (long e = first; e <= last; e++) {
         if (p->owner[e] == shard)
             return ep_fail(err, EP_ERR_INVALID, "shard %d: expert %ld is listed twice", shard, e);
