@@ -3,8 +3,8 @@
 function flush_rank() {
     if (name == "") return
     if (role == "router")
-        printf "%s: %d rows through %d layers, %d slices sent, %.0f KiB out, %.0f KiB in, waited %.1f ms for shards\n",
-            name, rows, layers, slices, kib_out, kib_in, wait
+        printf "%s: %d rows in %d slices to shards, %.0f KiB out, %.0f KiB in, waited %.1f ms for shards\n",
+            name, rows, slices, kib_out, kib_in, wait
     else
         printf "%s: %d slices, %d (token, expert) rows computed in %.1f ms, %.0f KiB in, %.0f KiB out\n",
             name, slices, pairs, compute, kib_in, kib_out
@@ -18,7 +18,7 @@ function flush_rank() {
     flush_rank()
     role = $1
     name = $1 " " $2
-    rows = slices = pairs = layers = kib_in = kib_out = wait = compute = n_experts = in_experts = 0
+    rows = slices = pairs = kib_in = kib_out = wait = compute = n_experts = in_experts = 0
     split("", expert)
     split("", order)
     next
@@ -37,12 +37,10 @@ in_experts && $1 ~ /^[0-9]+$/ && $2 ~ /:/ {
     next
 }
 role == "router" && NF == 12 && $1 ~ /^[0-9]+$/ {
-    layers++
     rows += $2; slices += $3; kib_out += $5; kib_in += $6; wait += $11
     next
 }
 role == "shard" && NF == 7 && $1 ~ /^[0-9]+$/ {
-    layers++
     pairs += $3; slices += $4; kib_in += $5; kib_out += $6; compute += $7
     next
 }

@@ -1,0 +1,13 @@
+# Tests of whole clusters: moed up over mpirun, moectl as client. They share the processors with nobody.
+if(TARGET moed AND TARGET moectl)
+  find_package(Python3 COMPONENTS Interpreter REQUIRED)
+  function(moed_cluster_test name timeout script)
+    moed_add_test(${name} dist ${timeout} ${Python3_EXECUTABLE} -B ${PROJECT_SOURCE_DIR}/tests/dist/${script} ${ARGN})
+    set_tests_properties(${name} PROPERTIES RUN_SERIAL ON)
+  endfunction()
+  moed_cluster_test(dist_bits_micro 180 bits.py test_micro)
+  moed_cluster_test(dist_bits_demo 180 bits.py test_demo)
+  moed_cluster_test(dist_loss 180 loss.py)
+  moed_cluster_test(dist_refuse 180 refuse.py)
+  moed_cluster_test(dist_figures 180 figures.py)
+endif()
