@@ -277,12 +277,13 @@ X_INLINE void chunk_k(float *y, size_t ldy, const uint8_t *panel, const kern_row
 /* ---- one d per block: Q8_0, Q4_0, Q5_0 (32), GPTQ4 (128) ----------------------------------------
  */
 
-enum { GROUP = 128 /* weights unpacked, multiplied and finished together */ };
+/* A group is two blocks of 32, or one of 128 (GPTQ4), done in four units. A tile is stored two
+ * units after its product and finished five units after it, when the store has long reached L1. */
+enum { UNITS = 4, LATE = 5 };
 
 typedef struct flat_work {
-    _Alignas(64) uint8_t plane[2][GROUP * 16];
-    _Alignas(
-        64) uint8_t c[2][4][2][TILE_BYTES]; /* [step & 1][block of the group][tile of the pair] */
+    _Alignas(64) uint8_t plane[8][512];           /* a ring of 32 weights each */
+    _Alignas(64) uint8_t c[2][UNITS][TILE_BYTES]; /* [group & 1][block * 2 + tile] */
     _Alignas(64) float acc[CHUNK][KERN_PANEL];
 } flat_work;
 
@@ -317,62 +318,121 @@ X_INLINE int flat_bytes(const int type)
     return type == KERN_Q8_0 ? 512 : type == KERN_Q5_0 ? 320 : 256;
 }
 
-/* 32 weights (or for GPTQ4 all 128) times one or two row tiles, stored at c[0] and c[1]. */
-X_INLINE void multiply_flat(const int8_t *x0, const int8_t *x1, size_t ldq, const uint8_t *plane,
-                            uint8_t (*c)[TILE_BYTES], bool two, const int type)
+/* Unit u = 2 * block + tile of a group of blocks of 32. */
+X_INLINE void multiply_32(const int8_t *x, size_t ldq, const uint8_t *plane, int u)
 {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_loadd(6, plane, 64);
-    _tile_loadd(4, x0, ldq);
-    _tile_dpbssd(0, 4, 6);
-    if (two) {
-        _tile_loadd(5, x1, ldq);
+    switch (u) {
+    case 0:
+        _tile_zero(0);
+        _tile_loadd(6, plane, 64);
+        _tile_loadd(4, x, ldq);
+        _tile_dpbssd(0, 4, 6);
+        break;
+    case 1:
+        _tile_zero(1);
+        _tile_loadd(5, x, ldq);
         _tile_dpbssd(1, 5, 6);
+        break;
+    case 2:
+        _tile_zero(2);
+        _tile_loadd(7, plane, 64);
+        _tile_loadd(4, x, ldq);
+        _tile_dpbssd(2, 4, 7);
+        break;
+    default:
+        _tile_zero(3);
+        _tile_loadd(5, x, ldq);
+        _tile_dpbssd(3, 5, 7);
+        break;
     }
-    if (type == KERN_GPTQ4) {
-        _tile_loadd(7, plane + TILE_BYTES, 64);
-        _tile_loadd(4, x0 + 64, ldq);
-        _tile_dpbssd(0, 4, 7);
-        if (two) {
-            _tile_loadd(5, x1 + 64, ldq);
-            _tile_dpbssd(1, 5, 7);
-        }
-    }
-    _tile_stored(0, c[0], 64);
-    if (two) _tile_stored(1, c[1], 64);
 }
 
-/* A step of the flat types: a pair of row tiles with a group of up to four blocks. */
-typedef struct flat_step {
-    int block, count, tile;
-    bool two;
-} flat_step;
-
-X_INLINE void finish_flat(flat_work *w, const kern_rows *a, const cut *cu, const flat_step *done,
-                          const uint8_t *panel, uint8_t (*c)[2][TILE_BYTES], int s)
+/* Unit u = 2 * tile + half of a block of 128. */
+X_INLINE void multiply_128(const int8_t *x, size_t ldq, const uint8_t *plane, int u)
 {
-    const int from = cu->height * s / 4, to = cu->height * (s + 1) / 4;
-    __m512 d[4];
-    if (from == to) return;
-    X_UNROLL
-    for (int i = 0; i < 4; i++)
-        d[i] = x_half16(panel + 32 * (size_t)(done->block + (i < done->count ? i : 0)));
-    for (int which = 0; which < 1 + done->two; which++) {
-        const int t = done->tile + which;
-        const int start = tile_start(cu, t), skip = t * cu->height - start;
-        for (int i = from > skip ? from : skip; i < to; i++) {
-            const size_t r = (size_t)(start + i);
-            const float *dx = a->scale + r * a->lds + done->block;
-            __m512 acc = _mm512_load_ps(w->acc[r]);
-            X_UNROLL
-            for (int n = 0; n < 4; n++) {
-                if (n == done->count) break;
-                const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(c[n][which] + 64 * i));
-                acc = _mm512_fmadd_ps(_mm512_set1_ps(dx[n]), _mm512_mul_ps(d[n], sum), acc);
-            }
-            _mm512_store_ps(w->acc[r], acc);
+    switch (u) {
+    case 0:
+        _tile_zero(0);
+        _tile_loadd(6, plane, 64);
+        _tile_loadd(4, x, ldq);
+        _tile_dpbssd(0, 4, 6);
+        break;
+    case 1:
+        _tile_loadd(7, plane, 64);
+        _tile_loadd(5, x, ldq);
+        _tile_dpbssd(0, 5, 7);
+        break;
+    case 2:
+        _tile_zero(1);
+        _tile_loadd(4, x, ldq);
+        _tile_dpbssd(1, 4, 6);
+        break;
+    default:
+        _tile_loadd(5, x, ldq);
+        _tile_dpbssd(1, 5, 7);
+        break;
+    }
+}
+
+typedef struct flat_job {
+    const uint8_t *panel;
+    const int8_t *x[2]; /* the two row tiles */
+    cut cu;
+    int blocks, groups, per_group; /* blocks in a group */
+} flat_job;
+
+/* The store that follows unit u of group g (g = groups: those left at the end). */
+X_INLINE void store_late(flat_work *w, const flat_job *j, int g, int u, const int type)
+{
+    const bool two = j->cu.tiles == 2, before = g > 0, inside = g < j->groups;
+    uint8_t(*c)[TILE_BYTES] = w->c[g & 1], (*last)[TILE_BYTES] = w->c[~g & 1];
+    if (u == 2 && inside) _tile_stored(0, c[0], 64);
+    if (type == KERN_GPTQ4) {
+        if (u == 0 && before && two) _tile_stored(1, last[1], 64);
+        return;
+    }
+    if (u == 3 && inside && two) _tile_stored(1, c[1], 64);
+    if (u == 0 && before) _tile_stored(2, last[2], 64);
+    if (u == 1 && before && two) _tile_stored(3, last[3], 64);
+}
+
+/* Part p of the float step of group g: of a pair, half a tile. */
+X_INLINE void finish_flat(flat_work *w, const kern_rows *a, const flat_job *j, int g, int p,
+                          const int type)
+{
+    const cut *cu = &j->cu;
+    const bool two = cu->tiles == 2;
+    const int which = two ? p / 2 : 0, parts = two ? 2 : 4, b = g * j->per_group;
+    const int from = cu->height * (p % parts) / parts, to = cu->height * (p % parts + 1) / parts;
+    const int start = tile_start(cu, which), skip = which * cu->height - start;
+    const bool second = type != KERN_GPTQ4 && b + 1 < j->blocks;
+    const __m512 d0 = x_half16(j->panel + 32 * (size_t)b);
+    const __m512 d1 = x_half16(j->panel + 32 * (size_t)(second ? b + 1 : b));
+    uint8_t(*c)[TILE_BYTES] = w->c[g & 1] + which;
+    for (int i = from > skip ? from : skip; i < to; i++) {
+        const size_t r = (size_t)(start + i);
+        const float *dx = a->scale + r * a->lds + b;
+        __m512 v = _mm512_mul_ps(d0, _mm512_cvtepi32_ps(_mm512_load_si512(c[0] + 64 * i)));
+        __m512 acc = _mm512_fmadd_ps(_mm512_set1_ps(dx[0]), v, _mm512_load_ps(w->acc[r]));
+        if (second) {
+            v = _mm512_mul_ps(d1, _mm512_cvtepi32_ps(_mm512_load_si512(c[2] + 64 * i)));
+            acc = _mm512_fmadd_ps(_mm512_set1_ps(dx[1]), v, acc);
         }
+        _mm512_store_ps(w->acc[r], acc);
+    }
+}
+
+X_INLINE void multiply_flat(const flat_work *w, const flat_job *j, size_t ldq, int g, int u,
+                            const int type)
+{
+    const bool two = j->cu.tiles == 2;
+    if (type == KERN_GPTQ4) {
+        if (u < 2 || two)
+            multiply_128(j->x[u / 2] + 128 * (size_t)g + 64 * (u % 2), ldq,
+                         w->plane[4 * (g & 1) + 2 * (u % 2)], u);
+    } else if ((u % 2 == 0 || two) && 2 * g + u / 2 < j->blocks) {
+        const int slice = 2 * g + u / 2;
+        multiply_32(j->x[u % 2] + 32 * (size_t)slice, ldq, w->plane[slice & 7], u);
     }
 }
 
@@ -380,42 +440,39 @@ X_INLINE void chunk_flat(float *y, size_t ldy, const uint8_t *panel, const kern_
                          const int type)
 {
     flat_work w;
-    const cut cu = cut_rows(m);
-    const int per_group = type == KERN_GPTQ4 ? 1 : 4, per_block = type == KERN_GPTQ4 ? 128 : 32;
-    const int blocks = a->k / per_block, slices = a->k / 32, pairs = (cu.tiles + 1) / 2;
-    const uint8_t *p = panel + x_panel_head(blocks);
-    flat_step done = {0};
-    int step = 0, unpacked = 0;
-    configure(cu.height, type == KERN_GPTQ4 ? 64 : 32);
+    const int slices = a->k / 32, per_group = type == KERN_GPTQ4 ? 1 : 2;
+    flat_job j = {.panel = panel, .cu = cut_rows(m), .per_group = per_group};
+    int unpacked = 0;
+    j.blocks = type == KERN_GPTQ4 ? slices / 4 : slices;
+    j.groups = (j.blocks + per_group - 1) / per_group;
+    j.x[0] = a->q;
+    j.x[1] = a->q + (size_t)tile_start(&j.cu, j.cu.tiles - 1) * a->ldq;
+    const uint8_t *p = panel + x_panel_head(j.blocks);
+    configure(j.cu.height, type == KERN_GPTQ4 ? 64 : 32);
     for (int r = 0; r < m; r++)
         _mm512_store_ps(w.acc[r], _mm512_setzero_ps());
     for (; unpacked < 4 && unpacked < slices; unpacked++, p += flat_bytes(type))
-        unpack_flat(p, w.plane[0] + 512 * unpacked, type);
-    for (int b = 0, group = 0; b < blocks; b += per_group, group++) {
-        const int count = blocks - b < per_group ? blocks - b : per_group;
-        const int ready = 4 * (group + 2) < slices ? 4 * (group + 2) : slices;
-        for (int pair = 0; pair < pairs; pair++, step++) {
-            const flat_step now = {b, count, 2 * pair, 2 * pair + 1 < cu.tiles};
-            const size_t k = (size_t)b * (size_t)per_block;
-            const int8_t *x0 = a->q + (size_t)tile_start(&cu, now.tile) * a->ldq + k;
-            const int8_t *x1 =
-                now.two ? a->q + (size_t)tile_start(&cu, now.tile + 1) * a->ldq + k : x0;
-            for (int s = 0; s < 4; s++) {
-                if (s < count)
-                    multiply_flat(x0 + 32 * s, x1 + 32 * s, a->ldq, w.plane[group & 1] + 512 * s,
-                                  w.c[step & 1][s], now.two, type);
-                if (unpacked < ready) {
-                    unpack_flat(p, w.plane[(group + 1) & 1] + 512 * (unpacked & 3), type);
-                    unpacked++;
-                    p += flat_bytes(type);
-                }
-                if (step > 0) finish_flat(&w, a, &cu, &done, panel, w.c[(step + 1) & 1], s);
+        unpack_flat(p, w.plane[unpacked & 7], type);
+    for (int g = 0; g < j.groups; g++) {
+        X_UNROLL
+        for (int u = 0; u < UNITS; u++) {
+            multiply_flat(&w, &j, a->ldq, g, u, type);
+            if ((u % 2 == 0 || type == KERN_GPTQ4) && unpacked < slices) {
+                unpack_flat(p, w.plane[unpacked++ & 7], type);
+                p += flat_bytes(type);
             }
-            done = now;
+            const int late = UNITS * g + u - LATE;
+            if (late >= 0) finish_flat(&w, a, &j, late / UNITS, late % UNITS, type);
+            store_late(&w, &j, g, u, type);
         }
     }
-    for (int s = 0; s < 4; s++)
-        finish_flat(&w, a, &cu, &done, panel, w.c[(step + 1) & 1], s);
+    const bool whole =
+        j.blocks == j.groups * per_group; /* else the last group has no second block */
+    for (int u = 0; u < 2; u++)
+        if (whole) store_late(&w, &j, j.groups, u, type);
+    for (int late = UNITS * j.groups < LATE ? 0 : UNITS * j.groups - LATE; late < UNITS * j.groups;
+         late++)
+        finish_flat(&w, a, &j, late / UNITS, late % UNITS, type);
     for (int r = 0; r < m; r++)
         _mm512_storeu_ps(y + (size_t)r * ldy, _mm512_load_ps(w.acc[r]));
 }
@@ -440,7 +497,7 @@ static void chunk_bf16(float *y, size_t ldy, const uint8_t *panel, const kern_ro
     _tile_zero(3);
     for (int b = 0; b < blocks; b++) {
         const size_t at = 32 * (size_t)b;
-        x_ahead(panel + TILE_BYTES * (size_t)b, TILE_BYTES);
+        x_ahead_near(panel + TILE_BYTES * (size_t)b, TILE_BYTES);
         _tile_loadd(6, panel + TILE_BYTES * (size_t)b, 64);
         _tile_loadd(4, x[0] + at, ld);
         _tile_dpbf16ps(0, 4, 6);
@@ -486,11 +543,33 @@ static kern_rows rows_from(const kern_rows *a, int r)
     return s;
 }
 
-X_INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a,
-                       const int type)
+/* Rows from which tiles beat vectors, one thread, cold weights (moed-bench kernels): cycles per
+ * 256 block at 3 GHz, AVX-512 against AMX, for 4, 5 and 8 rows:
+ *   Q4_K 552/615 692/635 692/677   Q5_K 660/687 830/716 830/765   Q6_K 739/934 924/940 924/962
+ *   Q8_0 885/1027 995/1021 1030/1020   Q4_0 477/739 652/740 652/802   Q5_0 631/860 787/873 787/930
+ *   GPTQ4 490/476 572/487 572/492   BF16 1207/1355 1964/1380 1938/1392 */
+static int least_rows(const int type)
 {
-    const int most = type == KERN_BF16 ? 64 : CHUNK;
-    const int chunks = (a->m + most - 1) / most;
+    switch (type) {
+    case KERN_GPTQ4:
+        return 4;
+    case KERN_Q4_K:
+    case KERN_Q5_K:
+    case KERN_BF16:
+        return 5;
+    default:
+        return 9;
+    }
+}
+
+X_INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a,
+                       kern_panel_fn few, const int type)
+{
+    if (a->m < least_rows(type)) {
+        few(y, ldy, panel, a);
+        return;
+    }
+    const int most = type == KERN_BF16 ? 64 : CHUNK, chunks = (a->m + most - 1) / most;
     for (int i = 0, r = 0; i < chunks; i++) {
         const int m = (a->m - r) / (chunks - i);
         const kern_rows part = rows_from(a, r);
@@ -507,42 +586,42 @@ X_INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_ro
 
 static void q4_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q4_0);
+    all_rows(y, ldy, panel, a, kern_gemm_avx512.q4_0, KERN_Q4_0);
 }
 
 static void q5_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q5_0);
+    all_rows(y, ldy, panel, a, kern_gemm_avx512.q5_0, KERN_Q5_0);
 }
 
 static void q8_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q8_0);
+    all_rows(y, ldy, panel, a, kern_gemm_avx512.q8_0, KERN_Q8_0);
 }
 
 static void q4_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q4_K);
+    all_rows(y, ldy, panel, a, kern_gemm_avx512.q4_k, KERN_Q4_K);
 }
 
 static void q5_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q5_K);
+    all_rows(y, ldy, panel, a, kern_gemm_avx512.q5_k, KERN_Q5_K);
 }
 
 static void q6_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q6_K);
+    all_rows(y, ldy, panel, a, kern_gemm_avx512.q6_k, KERN_Q6_K);
 }
 
 static void gptq4(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_GPTQ4);
+    all_rows(y, ldy, panel, a, kern_gemm_avx512.gptq4, KERN_GPTQ4);
 }
 
 static void bf16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_BF16);
+    all_rows(y, ldy, panel, a, kern_gemm_avx512.bf16, KERN_BF16);
 }
 
 /* F32 and F16 have no tile form: kern_select takes them from the AVX-512 table. */
