@@ -135,6 +135,9 @@ ep_status rank_open_net(rank *r, size_t max_message, int n_buffers, ep_err *err)
     opt.n_ranks = r->n_ranks;
     opt.max_message = max_message;
     opt.n_buffers = n_buffers;
+    /* A rank that computes takes no messages meanwhile. The dead are known from their control connection; this
+     * only bounds what else may go wrong, so it need not be short. */
+    opt.send_deadline_ms = r->cfg->limits.deadline_s * 1000;
     ep_status status = net_mpi_open(&r->n, &opt, err);
     if (status == EP_OK) atomic_store(&wake_target, r->n);
     return status;

@@ -9,6 +9,8 @@
 
 int bench_kernels(int argc, char **argv);
 int bench_compare(int argc, char **argv);
+int bench_model(int argc, char **argv);
+int bench_e2e(int argc, char **argv);
 
 /* ---- seeded values ---- */
 

@@ -16,6 +16,8 @@ static const struct {
     {"kernels", bench_kernels, "expert layers on this machine's CPU against its limits"},
     {"compare", bench_compare, "two CSV files of `kernels` as ratios"},
     {"layer", bench_layer, "one MoE layer of a model through loopback shards"},
+    {"model", bench_model, "writes a model file with random weights"},
+    {"e2e", bench_e2e, "a whole model through moed up: tokens a second"},
 };
 
 enum { n_commands = sizeof commands / sizeof commands[0] };
