@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # common.sh: sourced by the scripts of this folder; sets $root (the repository) and $build (where it is
 # built). Root and an ordinary user may use one clone in turn: who does not own build/ gets a folder of
 # their own, so neither trips over the other's files. MOED_BUILD_DIR names another place.
@@ -16,6 +17,7 @@ choose_build() {
             "$(printf '%s' "$root" | cksum | cut -d' ' -f1)"
     fi
 }
+# shellcheck disable=SC2034 # for those who source this
 build=$(choose_build)
 
 say() { printf '%s\n' "$*"; }

@@ -1,0 +1,5 @@
+set(lint ${CMAKE_CURRENT_LIST_DIR})
+moed_add_test(lint_fence lint 60 ${lint}/fence.sh ${PROJECT_SOURCE_DIR})
+moed_add_test(lint_scripts lint 60 ${lint}/scripts.sh ${PROJECT_SOURCE_DIR})
+moed_add_test(lint_format lint 120 ${lint}/format.sh ${PROJECT_SOURCE_DIR})
+moed_add_test(lint_headers lint 120 ${lint}/headers.sh ${PROJECT_SOURCE_DIR} ${PROJECT_BINARY_DIR} ${CMAKE_C_COMPILER})
