@@ -52,7 +52,7 @@ static uint64_t read_all(const uint8_t *p, size_t bytes)
         }
     }
     sum[0] = _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3]));
-    return (uint64_t)_mm512_reduce_add_epi64(sum[0]);
+    return (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(sum[0]));
 }
 
 const bench_loops bench_loops_avx512 = {
