@@ -39,6 +39,7 @@ typedef struct config {
     struct {
         const char *mpirun;  /* program */
         const char *options; /* extra words, split at blanks */
+        const char *bind;    /* "auto": ranks to NUMA nodes where there are several */
         int relaunches;      /* in a row without becoming ready, before giving up */
     } launch;
     ep_arena strings;

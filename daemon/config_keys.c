@@ -80,6 +80,8 @@ static const config_key launch_keys[] = {
      "program that starts the ranks"},
     {"options", CONFIG_TEXT_OR_NULL, AT(launch.options), 0, 0, NULL, NULL,
      "further words for mpirun, split at blanks"},
+    {"bind", CONFIG_TEXT, AT(launch.bind), 0, 0, "auto", "auto|none",
+     "auto: on machines of several NUMA nodes each rank is bound to one"},
     {"relaunches", CONFIG_INT, AT(launch.relaunches), 0, 1000, "3", NULL,
      "launches in a row that may fail before the daemon gives up"},
 };

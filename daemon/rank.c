@@ -7,6 +7,7 @@
  * process just ends.
  */
 #include "daemon/rank.h"
+#include "daemon/locality.h"
 #include "kernels/kernels.h"
 #include "proto/wire.h"
 
@@ -135,8 +136,8 @@ ep_status rank_open_net(rank *r, size_t max_message, int n_buffers, ep_err *err)
     opt.n_ranks = r->n_ranks;
     opt.max_message = max_message;
     opt.n_buffers = n_buffers;
-    /* A rank that computes takes no messages meanwhile. The dead are known from their control connection; this
-     * only bounds what else may go wrong, so it need not be short. */
+    /* A rank that computes takes no messages meanwhile. The dead are known from their control
+     * connection; this only bounds what else may go wrong, so it need not be short. */
     opt.send_deadline_ms = r->cfg->limits.deadline_s * 1000;
     ep_status status = net_mpi_open(&r->n, &opt, err);
     if (status == EP_OK) atomic_store(&wake_target, r->n);
@@ -228,6 +229,7 @@ int rank_main(const char *config_path)
     snprintf(who, sizeof(who), "%s %s", is_router ? "router" : "shard",
              r.self ? r.self->name : "?");
     ep_log_open(who, EP_LOG_INFO);
+    if (r.self != NULL) locality_bind(cfg, r.rank); /* before threads and memory */
     status = start(&r, &err);
     if (status == EP_OK) status = is_router ? rank_router_run(&r, &err) : rank_shard_run(&r, &err);
     if (status != EP_OK) {
