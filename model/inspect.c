@@ -167,16 +167,17 @@ static void print_keys(printer *p, const model_file *f, bool json)
     }
 }
 
-/* Why moed would not serve the file; empty if it would. */
-static void verdict(const char *path, ep_err *why)
+/* Why moed would not serve the file; empty if it would. Only a lack of memory is no answer. */
+static ep_status verdict(const char *path, ep_err *why)
 {
     model *m = NULL;
     model_tokenizer *t = NULL;
-    why->text[0] = '\0';
-    if (model_open(&m, path, why) == EP_OK && model_tokenizer_open(&t, m->file, why) == EP_OK)
-        why->text[0] = '\0';
+    ep_status status = model_open(&m, path, why);
+    if (status == EP_OK) status = model_tokenizer_open(&t, m->file, why);
+    if (status == EP_OK) why->text[0] = '\0';
     model_tokenizer_close(t);
     model_close(m);
+    return status == EP_ERR_NOMEM ? status : EP_OK;
 }
 
 ep_status model_inspect(const char *path, bool json, ep_buf *out, ep_err *err)
@@ -186,7 +187,11 @@ ep_status model_inspect(const char *path, bool json, ep_buf *out, ep_err *err)
     ep_err why;
     ep_status status = model_file_open(&f, path, err);
     if (status != EP_OK) return status;
-    verdict(path, &why);
+    status = verdict(path, &why);
+    if (status != EP_OK) {
+        model_file_close(f);
+        return ep_fail(err, status, "%s", why.text);
+    }
     const gguf_part *part = model_file_part(f, 0);
     if (json) {
         PRINT(&p, "{\"file\":");

@@ -86,6 +86,16 @@ static double get_real(reader *r, const char *suffix, double fallback, double mi
     return v;
 }
 
+/* Bytes of the file as text that garbles no message. Returns buf. */
+static char *clean_text(char *buf, size_t size, const char *s, size_t n)
+{
+    size_t at = 0;
+    for (; at < n && at + 1 < size; at++)
+        buf[at] = (unsigned char)s[at] < 0x20 || s[at] == 0x7f ? '?' : s[at];
+    buf[at] = '\0';
+    return buf;
+}
+
 /* ---- what is not computed ---- */
 
 /* Refuses a whole number that is there with another value than the one that means "off". */
@@ -117,16 +127,16 @@ static void refuse_real(reader *r, const char *suffix, double off, const char *w
     }
 }
 
+/* Without a type a factor means linear scaling. */
 static void refuse_rope_scaling(reader *r)
 {
     char key[128], text[256];
-    const char *s;
-    size_t n;
+    const char *s = "linear";
+    size_t n = strlen(s);
     if (r->status != EP_OK) return;
     ep_status status =
         model_file_str(r->f, key_name(r, "rope.scaling.type", key, sizeof(key)), &s, &n, r->err);
-    if (status == EP_AGAIN) return;
-    if (status != EP_OK) {
+    if (status != EP_OK && status != EP_AGAIN) {
         r->status = status;
         return;
     }
@@ -134,14 +144,28 @@ static void refuse_rope_scaling(reader *r)
     if (linear) {
         refuse_real(r, "rope.scaling.factor", 1.0, "linear rope scaling");
     } else if (n != 4 || memcmp(s, "none", 4) != 0) {
-        snprintf(text, sizeof(text), "rope scaling '%.*s' is not implemented",
-                 (int)(n < 40 ? n : 40), s);
+        char shown[TEXT];
+        snprintf(text, sizeof(text), "rope scaling '%s' is not implemented",
+                 clean_text(shown, sizeof(shown), s, n));
         refuse(r, EP_ERR_UNSUPPORTED, text);
     }
 }
 
 static void refuse_features(reader *r)
 {
+    /* Factors for which 0 and 1 both mean none, and terms that 0 switches off. */
+    static const struct {
+        const char *suffix, *what;
+    } factors[] = {{"expert_weights_scale", "scaling of expert weights"},
+                   {"rope.scale_linear", "linear rope scaling"},
+                   {"logit_scale", "scaling of logits"},
+                   {"embedding_scale", "scaling of the embedding"},
+                   {"residual_scale", "scaling of the residual"}},
+      terms[] = {{"attention.scale", "an attention scale"},
+                 {"attention.clamp_kqv", "clamping of q, k and v"},
+                 {"attention.max_alibi_bias", "ALiBi"},
+                 {"attn_logit_softcapping", "soft-capping of attention"},
+                 {"final_logit_softcapping", "soft-capping of logits"}};
     refuse_rope_scaling(r);
     refuse_int(r, "expert_shared_count", 0, "a shared expert");
     refuse_int(r, "leading_dense_block_count", 0, "dense leading layers");
@@ -149,13 +173,25 @@ static void refuse_features(reader *r)
     refuse_int(r, "nextn_predict_layers", 0, "multi-token prediction");
     refuse_int(r, "attention.sliding_window", 0, "a sliding window");
     refuse_int(r, "expert_gating_func", 1, "another gate than softmax");
+    for (size_t i = 0; i < sizeof(terms) / sizeof(terms[0]); i++)
+        refuse_real(r, terms[i].suffix, 0.0, terms[i].what);
     char key[128];
-    double scale = 1.0; /* 0 and 1 both mean none */
-    if (r->status == EP_OK &&
-        model_file_f64(r->f, key_name(r, "expert_weights_scale", key, sizeof(key)), &scale, NULL) ==
-            EP_OK &&
-        scale != 0.0)
-        refuse_real(r, "expert_weights_scale", 1.0, "scaling of expert weights");
+    for (size_t i = 0; i < sizeof(factors) / sizeof(factors[0]) && r->status == EP_OK; i++) {
+        double v = 1.0;
+        ep_status status =
+            model_file_f64(r->f, key_name(r, factors[i].suffix, key, sizeof(key)), &v, NULL);
+        /* A key of the wrong kind is worded by refuse_real. */
+        if ((status != EP_OK && status != EP_AGAIN) || v != 0.0)
+            refuse_real(r, factors[i].suffix, 1.0, factors[i].what);
+    }
+    bool causal = true;
+    if (r->status != EP_OK) return;
+    ep_status status =
+        model_file_bool(r->f, key_name(r, "attention.causal", key, sizeof(key)), &causal, r->err);
+    if (status != EP_OK && status != EP_AGAIN)
+        r->status = status;
+    else if (!causal)
+        refuse(r, EP_ERR_UNSUPPORTED, "attention that looks ahead is not implemented");
 }
 
 /* ---- hyper-parameters ---- */
@@ -164,10 +200,7 @@ static void get_text(const model_file *f, const char *key, char *out, size_t siz
 {
     const char *s;
     size_t n;
-    if (model_file_str(f, key, &s, &n, NULL) != EP_OK) return;
-    if (n > size - 1) n = size - 1;
-    memcpy(out, s, n);
-    out[n] = '\0';
+    if (model_file_str(f, key, &s, &n, NULL) == EP_OK) clean_text(out, size, s, n);
 }
 
 static void read_shape(reader *r, model_shape *s)
@@ -292,45 +325,137 @@ static const model_tensor *want_experts(reader *r, const char *name, int layer, 
     return want(r, name, layer, 3, (uint64_t[]){(uint64_t)k, (uint64_t)n, (uint64_t)n_experts});
 }
 
-/* Tensors whose presence means a computation that moed does not do. */
-static void refuse_tensors(reader *r, int layer)
+/* Tensors whose presence means a computation that moed does not do. One that ends in '.' or '_'
+ * stands for all that begin so. */
+typedef struct unserved {
+    const char *name, *what;
+} unserved;
+static const unserved unserved_in_layers[] = {
+    {"attn_q.bias", "a bias of the query projection"},
+    {"attn_k.bias", "a bias of the key projection"},
+    {"attn_v.bias", "a bias of the value projection"},
+    {"attn_output.bias", "a bias of the output projection"},
+    {"attn_qkv.", "a fused query, key and value projection"},
+    {"attn_sinks.", "attention sinks"},
+    {"attn_norm.bias", "a norm with a bias"},
+    {"attn_q_norm.bias", "a norm with a bias"},
+    {"attn_k_norm.bias", "a norm with a bias"},
+    {"ffn_norm.bias", "a norm with a bias"},
+    {"attn_norm_2.", "a second norm"},
+    {"post_attention_norm.", "a norm after attention"},
+    {"post_ffw_norm.", "a norm after the experts"},
+    {"ffn_gate_up_exps.", "fused gate and up experts (convert the model with separate ones)"},
+    {"ffn_gate_exps.bias", "a bias of the gate experts"},
+    {"ffn_up_exps.bias", "a bias of the up experts"},
+    {"ffn_down_exps.bias", "a bias of the down experts"},
+    {"ffn_gate_exps.", "a scale per expert"},
+    {"ffn_up_exps.", "a scale per expert"},
+    {"ffn_down_exps.", "a scale per expert"},
+    {"ffn_gate_inp.bias", "a bias of the gate"},
+    {"exp_probs_b.", "a selection bias of the gate"},
+    {"ffn_gate_inp_shexp.", "a shared expert"},
+    {"ffn_gate_shexp.", "a shared expert"},
+    {"ffn_up_shexp.", "a shared expert"},
+    {"ffn_down_shexp.", "a shared expert"},
+    {"ffn_gate.weight", "a dense layer"},
+    {"ffn_up.weight", "a dense layer"},
+    {"ffn_down.weight", "a dense layer"},
+    {"ffn_gate.", "experts as one matrix each (an old file: convert the model again)"},
+    {"ffn_up.", "experts as one matrix each (an old file: convert the model again)"},
+    {"ffn_down.", "experts as one matrix each (an old file: convert the model again)"},
+    {"nextn.", "multi-token prediction"},
+    {"ssm_", "linear attention"},
+    {NULL, NULL},
+};
+static const unserved unserved_alone[] = {
+    {"rope_freqs.", "scaled rope frequencies"},
+    {"rope_factors_", "scaled rope frequencies"},
+    {"output.bias", "a bias of the output matrix"},
+    {"output_norm.bias", "a norm with a bias"},
+    {"token_embd_norm.", "a norm of the embedding"},
+    {"position_embd.", "learned positions"},
+    {"token_types.", "token types"},
+    {NULL, NULL},
+};
+static const char *const known_in_layers[] = {
+    "attn_norm.weight",
+    "attn_q.weight",
+    "attn_k.weight",
+    "attn_v.weight",
+    "attn_output.weight",
+    "attn_q_norm.weight",
+    "attn_k_norm.weight",
+    "ffn_norm.weight",
+    "ffn_gate_inp.weight",
+    "ffn_up_exps.weight",
+    "ffn_gate_exps.weight",
+    "ffn_down_exps.weight",
+    NULL,
+};
+static const char *const known_alone[] = {"token_embd.weight", "output_norm.weight",
+                                          "output.weight", NULL};
+
+/* "blk.12.attn_q.weight" is 12 and the rest; -1: not of a layer. */
+static int layer_of(const char *name, const char **rest)
 {
-    static const struct {
-        const char *name, *what;
-    } unserved[] = {
-        {"attn_q.bias", "a bias of the query projection"},
-        {"attn_k.bias", "a bias of the key projection"},
-        {"attn_v.bias", "a bias of the value projection"},
-        {"attn_output.bias", "a bias of the output projection"},
-        {"attn_qkv.weight", "a fused query, key and value projection"},
-        {"attn_sinks.weight", "attention sinks"},
-        {"ffn_gate_up_exps.weight", "fused gate and up experts"},
-        {"ffn_gate_exps.bias", "a bias of the gate experts"},
-        {"ffn_up_exps.bias", "a bias of the up experts"},
-        {"ffn_down_exps.bias", "a bias of the down experts"},
-        {"ffn_gate_exps.scale", "a scale per expert"},
-        {"ffn_up_exps.scale", "a scale per expert"},
-        {"ffn_down_exps.scale", "a scale per expert"},
-        {"ffn_gate_inp.bias", "a bias of the gate"},
-        {"exp_probs_b.bias", "a selection bias of the gate"},
-        {"ffn_gate_inp_shexp.weight", "a shared expert"},
-        {"ffn_gate_shexp.weight", "a shared expert"},
-        {"ffn_gate.0.weight", "experts as one matrix each (an old file: convert the model again)"},
-    };
-    for (size_t i = 0; i < sizeof(unserved) / sizeof(unserved[0]) && r->status == EP_OK; i++) {
-        char full[TEXT + 32], what[256];
-        snprintf(full, sizeof(full), "blk.%d.%s", layer, unserved[i].name);
-        if (model_file_find(r->f, full) == NULL) continue;
-        snprintf(what, sizeof(what), "layer %d: tensor %s: %s is not implemented", layer, full,
-                 unserved[i].what);
-        refuse(r, EP_ERR_UNSUPPORTED, what);
+    int layer = 0, at = 4;
+    *rest = name;
+    if (strncmp(name, "blk.", 4) != 0) return -1;
+    for (; name[at] >= '0' && name[at] <= '9' && at < 12; at++)
+        layer = layer * 10 + (name[at] - '0');
+    if (at == 4 || name[at] != '.') return -1;
+    *rest = name + at + 1;
+    return layer;
+}
+
+static bool is_known(const char *const *known, const char *name)
+{
+    for (; *known != NULL; known++)
+        if (strcmp(*known, name) == 0) return true;
+    return false;
+}
+
+static const char *unserved_what(const unserved *list, const char *name)
+{
+    for (; list->name != NULL; list++) {
+        size_t n = strlen(list->name);
+        bool all = list->name[n - 1] == '.' || list->name[n - 1] == '_';
+        if (all ? strncmp(name, list->name, n) == 0 : strcmp(name, list->name) == 0)
+            return list->what;
+    }
+    return NULL;
+}
+
+/* Nothing is accepted silently: a tensor is known, refused, or mentioned. */
+static void refuse_tensors(reader *r, const model_shape *s)
+{
+    char what[512];
+    for (size_t i = 0; i < model_file_n_tensors(r->f) && r->status == EP_OK; i++) {
+        const char *name = model_file_tensor(r->f, i)->name, *rest;
+        int layer = layer_of(name, &rest);
+        bool of_layer = layer >= 0;
+        if (layer < s->n_layers && is_known(of_layer ? known_in_layers : known_alone, rest))
+            continue;
+        const char *no = unserved_what(of_layer ? unserved_in_layers : unserved_alone, rest);
+        if (no != NULL && of_layer)
+            snprintf(what, sizeof(what), "layer %d: tensor %s: %s is not implemented", layer, name,
+                     no);
+        else if (no != NULL)
+            snprintf(what, sizeof(what), "tensor %s: %s is not implemented", name, no);
+        else if (layer >= s->n_layers)
+            snprintf(what, sizeof(what),
+                     "tensor %s belongs to a layer that %s.block_count %d rules out", name, r->arch,
+                     s->n_layers);
+        if (no != NULL || layer >= s->n_layers)
+            refuse(r, no != NULL ? EP_ERR_UNSUPPORTED : EP_ERR_INVALID, what);
+        else
+            log_debug("%s: tensor %s is not used", model_file_path(r->f), name);
     }
 }
 
 static void read_layer(reader *r, const model_shape *s, int l, model_layer *y)
 {
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
-    refuse_tensors(r, l);
     y->attn_norm = want_vector(r, "attn_norm.weight", l, s->hidden);
     y->q = want_matrix(r, "attn_q.weight", l, s->hidden, q);
     y->k = want_matrix(r, "attn_k.weight", l, s->hidden, kv);
@@ -352,13 +477,19 @@ static void read_ends(reader *r, model *m)
     char what[256];
     const model_tensor *embd = model_file_find(r->f, "token_embd.weight");
     size_t tokens = model_file_arr_len(r->f, "tokenizer.ggml.tokens");
-    uint64_t vocab = embd != NULL && embd->n_dims == 2 ? embd->ne[1] : tokens;
+    uint64_t vocab = embd != NULL ? embd->ne[1] : tokens;
     if (vocab == 0 || vocab > MAX_DIM) {
         refuse(r, EP_ERR_INVALID,
                "tensor token_embd.weight is missing, or its vocabulary is out of range");
         return;
     }
     s->vocab = (int)vocab;
+    int said = get_int(r, "vocab_size", s->vocab, 1, MAX_DIM);
+    if (r->status == EP_OK && said != s->vocab) {
+        snprintf(what, sizeof(what), "key %s.vocab_size is %d, but token_embd.weight has %d rows",
+                 r->arch, said, s->vocab);
+        refuse(r, EP_ERR_INVALID, what);
+    }
     if (tokens != 0 && tokens != vocab) {
         snprintf(what, sizeof(what), "the tokenizer has %zu tokens, token_embd.weight %" PRIu64,
                  tokens, vocab);
@@ -370,9 +501,6 @@ static void read_ends(reader *r, model *m)
     m->output = m->token_embd;
     if (model_file_find(r->f, "output.weight") != NULL)
         m->output = want_matrix(r, "output.weight", -1, s->hidden, s->vocab);
-    if (model_file_find(r->f, "rope_freqs.weight") != NULL)
-        refuse(r, EP_ERR_UNSUPPORTED,
-               "tensor rope_freqs.weight: scaled rope frequencies are not implemented");
 }
 
 /* ---- a model ---- */
@@ -402,6 +530,7 @@ ep_status model_open_file(model **out, model_file *file, ep_err *err)
         m->layers = ep_calloc((size_t)m->shape.n_layers, sizeof(*m->layers));
         if (m->layers == NULL) refuse(&r, EP_ERR_NOMEM, "no memory");
     }
+    if (r.status == EP_OK) refuse_tensors(&r, &m->shape);
     if (r.status == EP_OK) read_ends(&r, m);
     for (int l = 0; l < m->shape.n_layers && r.status == EP_OK; l++)
         read_layer(&r, &m->shape, l, &m->layers[l]);

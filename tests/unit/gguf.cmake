@@ -1,4 +1,6 @@
 if(TARGET moed_model)
   pkg_check_modules(JANSSON REQUIRED IMPORTED_TARGET jansson)
   moed_test(test_gguf LABEL unit TIMEOUT 60 SOURCES unit/test_gguf.c LIBS moed_model)
+  moed_test(test_model LABEL unit TIMEOUT 60 SOURCES unit/test_model.c LIBS moed_model)
+  moed_test(test_model_files LABEL unit TIMEOUT 60 SOURCES unit/test_model_files.c LIBS moed_model PkgConfig::JANSSON)
 endif()
