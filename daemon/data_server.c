@@ -181,10 +181,13 @@ static ep_status listen_unix(data_server *s, const char *path, ep_err *err)
     return EP_OK;
 }
 
-static ep_status listen_tcp(data_server *s, const char *host, ep_err *err)
+/* host_port: an IPv4 address and ":0", a port of the system's choice. */
+static ep_status listen_tcp(data_server *s, const char *host_port, ep_err *err)
 {
     struct sockaddr_in a = {.sin_family = AF_INET};
     socklen_t len = sizeof(a);
+    char host[64];
+    snprintf(host, sizeof(host), "%.*s", (int)strcspn(host_port, ":"), host_port);
     if (inet_pton(AF_INET, host, &a.sin_addr) != 1)
         return ep_fail(err, EP_ERR_INVALID, "%s: not an IPv4 address", host);
     s->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
