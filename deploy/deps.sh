@@ -12,7 +12,7 @@ set -eu
 build_packages="build-essential cmake ninja-build pkg-config
     openmpi-bin libopenmpi-dev protobuf-c-compiler libprotobuf-c-dev
     libyaml-dev libevent-dev libjansson-dev libpcre2-dev libxxhash-dev libhwloc-dev"
-test_packages="python3 binutils qemu-user"
+test_packages="python3 binutils qemu-user iproute2"
 all_packages="clang-14 libclang-rt-14-dev clang-format-14"
 
 packages=$build_packages list=0
