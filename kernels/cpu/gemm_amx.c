@@ -214,16 +214,18 @@ X_INLINE void finish_rows(k_work *w, const kern_rows *a, const cut *cu, int b, i
     }
 }
 
-/* Part u of the float step of block b: of a pair, a quarter of one tile. */
+/* Part u of the float step of block b: of a pair every other part does half a tile, of one tile the
+ * first does all. The way into a run of rows costs as much as two of them, so runs are long. */
 X_INLINE void finish_part(k_work *w, const kern_rows *a, const cut *cu, int b, int u,
                           const int type)
 {
-    if (cu->tiles == 2)
-        finish_rows(w, a, cu, b, u / 4, w->c + 2 * (u / 4), cu->height * (u % 4) / 4,
-                    cu->height * (u % 4 + 1) / 4, type);
-    else
-        finish_rows(w, a, cu, b, 0, w->c + 2 * (b & 1), cu->height * u / 8,
-                    cu->height * (u + 1) / 8, type);
+    const int n = cu->height, half = n / 2;
+    if (cu->tiles == 2 && u % 4 == 0)
+        finish_rows(w, a, cu, b, u / 4, w->c + 2 * (u / 4), 0, half, type);
+    else if (cu->tiles == 2 && u % 4 == 2)
+        finish_rows(w, a, cu, b, u / 4, w->c + 2 * (u / 4), half, n, type);
+    else if (cu->tiles == 1 && u == 0)
+        finish_rows(w, a, cu, b, 0, w->c + 2 * (b & 1), 0, n, type);
 }
 
 /* At most CHUNK rows (a points at the first) over the whole panel. */
@@ -278,8 +280,8 @@ X_INLINE void chunk_k(float *y, size_t ldy, const uint8_t *panel, const kern_row
  */
 
 /* A group is two blocks of 32, or one of 128 (GPTQ4), done in four units. A tile is stored two
- * units after its product and finished five units after it, when the store has long reached L1. */
-enum { UNITS = 4, LATE = 5 };
+ * units after its product and finished when the store has long reached L1. */
+enum { UNITS = 4, LATE = 6 };
 
 typedef struct flat_work {
     _Alignas(64) uint8_t plane[8][512];           /* a ring of 32 weights each */
@@ -396,29 +398,32 @@ X_INLINE void store_late(flat_work *w, const flat_job *j, int g, int u, const in
     if (u == 1 && before && two) _tile_stored(3, last[3], 64);
 }
 
-/* Part p of the float step of group g: of a pair, half a tile. */
+/* Part p of the float step of group g, for which odd parts do the work: of a pair a whole tile, of
+ * one tile half of it. Long runs of rows matter here more than even spreading. */
 X_INLINE void finish_flat(flat_work *w, const kern_rows *a, const flat_job *j, int g, int p,
                           const int type)
 {
     const cut *cu = &j->cu;
     const bool two = cu->tiles == 2;
-    const int which = two ? p / 2 : 0, parts = two ? 2 : 4, b = g * j->per_group;
-    const int from = cu->height * (p % parts) / parts, to = cu->height * (p % parts + 1) / parts;
+    const int which = two ? p / 2 : 0, b = g * j->per_group;
+    if (p % 2 == 0) return;
     const int start = tile_start(cu, which), skip = which * cu->height - start;
+    const int from = two ? skip : cu->height * (p / 2) / 2;
+    const int rows = (two ? cu->height : cu->height * (p / 2 + 1) / 2) - from;
     const bool second = type != KERN_GPTQ4 && b + 1 < j->blocks;
     const __m512 d0 = x_half16(j->panel + 32 * (size_t)b);
     const __m512 d1 = x_half16(j->panel + 32 * (size_t)(second ? b + 1 : b));
-    uint8_t(*c)[TILE_BYTES] = w->c[g & 1] + which;
-    for (int i = from > skip ? from : skip; i < to; i++) {
-        const size_t r = (size_t)(start + i);
-        const float *dx = a->scale + r * a->lds + b;
-        __m512 v = _mm512_mul_ps(d0, _mm512_cvtepi32_ps(_mm512_load_si512(c[0] + 64 * i)));
-        __m512 acc = _mm512_fmadd_ps(_mm512_set1_ps(dx[0]), v, _mm512_load_ps(w->acc[r]));
+    const uint8_t *c = w->c[g & 1][which] + 64 * from;
+    float *acc = w->acc[start + from];
+    const float *dx = a->scale + (size_t)(start + from) * a->lds + b;
+    for (int i = 0; i < rows; i++, c += 64, acc += KERN_PANEL, dx += a->lds) {
+        __m512 v = _mm512_mul_ps(d0, _mm512_cvtepi32_ps(_mm512_load_si512(c)));
+        __m512 next = _mm512_fmadd_ps(_mm512_set1_ps(dx[0]), v, _mm512_load_ps(acc));
         if (second) {
-            v = _mm512_mul_ps(d1, _mm512_cvtepi32_ps(_mm512_load_si512(c[2] + 64 * i)));
-            acc = _mm512_fmadd_ps(_mm512_set1_ps(dx[1]), v, acc);
+            v = _mm512_mul_ps(d1, _mm512_cvtepi32_ps(_mm512_load_si512(c + 2 * TILE_BYTES)));
+            next = _mm512_fmadd_ps(_mm512_set1_ps(dx[1]), v, next);
         }
-        _mm512_store_ps(w->acc[r], acc);
+        _mm512_store_ps(acc, next);
     }
 }
 
@@ -543,18 +548,19 @@ static kern_rows rows_from(const kern_rows *a, int r)
     return s;
 }
 
-/* Rows from which tiles beat vectors, one thread, cold weights (moed-bench kernels): cycles per
- * 256 block at 3 GHz, AVX-512 against AMX, for 4, 5 and 8 rows:
- *   Q4_K 552/615 692/635 692/677   Q5_K 660/687 830/716 830/765   Q6_K 739/934 924/940 924/962
- *   Q8_0 885/1027 995/1021 1030/1020   Q4_0 477/739 652/740 652/802   Q5_0 631/860 787/873 787/930
- *   GPTQ4 490/476 572/487 572/492   BF16 1207/1355 1964/1380 1938/1392 */
+/* Rows from which tiles beat vectors, one thread, cold weights (moed-bench kernels): cycles per 256
+ * block at 3 GHz, AVX-512 against AMX:
+ *   4 rows  Q4_K 490/619 Q5_K 620/697 Q6_K 735/878 Q8_0 745/960 Q4_0 483/551 Q5_0 643/666 GPTQ4
+ * 446/441 5 rows  Q4_K 605/623 Q5_K 746/718 Q6_K 866/889 Q8_0 878/1014 Q4_0 666/562 Q5_0 785/646
+ * GPTQ4 543/435 8 rows  Q4_K 590/652 Q5_K 743/753 Q6_K 842/918 Q8_0 891/1000 Q4_0 642/615 Q5_0
+ * 763/688 GPTQ4 554/472 16 rows  Q4_K 1122/786 Q5_K 1367/867 Q6_K 1630/979 Q8_0 1322/1102 Q4_0
+ * 1114/787 GPTQ4 905/526 BF16 at 4, 5 and 8 rows: 1207/1355 1964/1380 1938/1392 */
 static int least_rows(const int type)
 {
     switch (type) {
+    case KERN_Q4_0:
+    case KERN_Q5_0:
     case KERN_GPTQ4:
-        return 4;
-    case KERN_Q4_K:
-    case KERN_Q5_K:
     case KERN_BF16:
         return 5;
     default:
