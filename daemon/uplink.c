@@ -85,7 +85,8 @@ static void receive(uplink *u)
     ssize_t n = recv(u->fd, u->received.data + u->received.len, u->received.cap - u->received.len,
                      MSG_DONTWAIT);
     if (n == 0) {
-        /* Its last frame may be why it refuses this rank: the engine gets a moment to say so and leave. */
+        /* Its last frame may be why it refuses this rank: the engine gets a moment to say so and
+         * leave. */
         nanosleep(&(struct timespec){.tv_nsec = 200000000}, NULL);
         leave("the daemon closed the connection");
     }

@@ -1,9 +1,10 @@
 #ifndef EP_KERNELS_COMPUTE_H
 #define EP_KERNELS_COMPUTE_H
 /*
- * compute: the device contract, the only thing a shard sees of where its experts live. Whole operations
- * on opaque objects, each returning ep_status; never "get me the pointer". cpu/compute_cpu.c serves it
- * with kernels.h, cuda/compute_cuda.cu with a GPU. One thread drives a compute object.
+ * compute: the device contract, the only thing a shard sees of where its experts live. Whole
+ * operations on opaque objects, each returning ep_status; never "get me the pointer".
+ * cpu/compute_cpu.c serves it with kernels.h, cuda/compute_cuda.cu with a GPU. One thread drives a
+ * compute object.
  */
 #include "base/base.h"
 #include "kernels/formats.h"
@@ -39,16 +40,19 @@ typedef struct compute_ops {
     void (*close)(compute *c);
     /* One line for status: "cpu, avx512, 2 threads". Lives as long as c. */
     const char *(*describe)(compute *c);
-    /* Room for the experts of a layer. Sizes are checked: EP_ERR_NOMEM, EP_ERR_UNSUPPORTED (type). */
-    ep_status (*stack_open)(compute *c, const compute_shape *shape, compute_stack **out, ep_err *err);
+    /* Room for the experts of a layer. Sizes are checked: EP_ERR_NOMEM, EP_ERR_UNSUPPORTED (type).
+     */
+    ep_status (*stack_open)(compute *c, const compute_shape *shape, compute_stack **out,
+                            ep_err *err);
     /* Loads and packs one expert from file rows; *checksum is that of the packed bytes. Different
      * experts of a stack may be loaded from different threads at once. */
     ep_status (*stack_load)(compute_stack *s, int expert_i, const void *gate, const void *up,
                             const void *down, uint64_t *checksum);
-    /* Maps one expert, packed already, from a file: gate_up and down of the stack's strides at these
-     * places (multiples of KERN_PAGE). The stack was opened with `paged`. errno says why not. NULL for
-     * devices that cannot: they load and pack. Threads as stack_load. */
-    ep_status (*stack_map)(compute_stack *s, int expert_i, int fd, uint64_t gate_up_at, uint64_t down_at);
+    /* Maps one expert, packed already, from a file: gate_up and down of the stack's strides at
+     * these places (multiples of KERN_PAGE). The stack was opened with `paged`. errno says why not.
+     * NULL for devices that cannot: they load and pack. Threads as stack_load. */
+    ep_status (*stack_map)(compute_stack *s, int expert_i, int fd, uint64_t gate_up_at,
+                           uint64_t down_at);
     /* Recomputes the checksum of a loaded expert. */
     uint64_t (*stack_checksum)(compute_stack *s, int expert_i);
     kern_act (*stack_act)(const compute_stack *s);
@@ -66,8 +70,8 @@ extern const compute_ops compute_cpu;
 extern const compute_ops compute_cuda;
 #endif
 
-/* device: "cpu", "cuda:N", or "auto" (the first device that answers, else the CPU). On success *ops is
- * the table that serves *out. */
+/* device: "cpu", "cuda:N", or "auto" (the first device that answers, else the CPU). On success *ops
+ * is the table that serves *out. */
 ep_status compute_open(const compute_ops **ops, compute **out, const char *device, int n_threads,
                        ep_err *err);
 

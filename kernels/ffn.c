@@ -325,7 +325,8 @@ void kern_ffn(ep_pool *pool, const kern_stack *s, const kern_ffn_args *a, void *
              .h = (float *)(void *)(base + l.h),
              .groups = (group *)(void *)(base + l.groups)};
     j.n_forms = forms_of(s, j.in);
-    for (int i = 0; i < j.n_forms; i++) j.row_records[i] = base + l.rows[i];
+    for (int i = 0; i < j.n_forms; i++)
+        j.row_records[i] = base + l.rows[i];
     cut(&j);
     ep_pool_run(pool, run, &j);
 }

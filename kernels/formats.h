@@ -32,7 +32,7 @@ typedef enum kern_type {
 
 /* The form of an activation row that a weight type consumes. */
 typedef enum kern_act {
-    KERN_ACT_F32 = 0,  /* k floats */
+    KERN_ACT_F32 = 0,    /* k floats */
     KERN_ACT_Q8_256 = 1, /* K-quants: k int8, then k/256 float scales */
     KERN_ACT_Q8_32 = 2,  /* legacy:   k int8, then k/32 float scales */
     KERN_ACT_Q8_128 = 3, /* GPTQ:     k int8, then k/128 float scales */
@@ -40,8 +40,8 @@ typedef enum kern_act {
 } kern_act;
 
 #define KERN_PACK_VERSION 1 /* of the packed layout below: a cache of packed experts carries it */
-#define KERN_PAGE 4096      /* stride granularity of stacks whose experts are mapped from a file */
-#define KERN_PANEL 16 /* output columns (rows of the file's matrix) in one packed panel */
+#define KERN_PAGE         4096 /* stride granularity of stacks whose experts are mapped from a file */
+#define KERN_PANEL        16   /* output columns (rows of the file's matrix) in one packed panel */
 
 /* On-disk blocks, sizes checked below. d and m scales are IEEE half bits. */
 typedef struct kern_block_q4_0 {
@@ -69,8 +69,8 @@ typedef struct kern_block_q5_k {
     uint8_t q[128];
 } kern_block_q5_k;
 typedef struct kern_block_q6_k {
-    /* Weight i = 128h + 32s + l (s = 0..3, l = 0..31): lower four bits in byte 64h + 32(s%2) + l of low,
-     * nibble s/2; upper two in byte 32h + l of high, bits 2s and 2s+1. */
+    /* Weight i = 128h + 32s + l (s = 0..3, l = 0..31): lower four bits in byte 64h + 32(s%2) + l of
+     * low, nibble s/2; upper two in byte 32h + l of high, bits 2s and 2s+1. */
     uint8_t low[128];
     uint8_t high[64];
     int8_t scales[16];
@@ -100,7 +100,8 @@ _Static_assert(sizeof(kern_block_mxfp4) == 17, "mxfp4");
 /*
  * The packed layout of a panel: 16 columns n = 0..15, the whole of k, one contiguous run.
  * A "vector" is 64 bytes: 16 lanes of 4 bytes, lane n belongs to column n, byte i of the lane to
- * weight k = 4*group + i. Everything is lossless and of the file's size (plus rounding to 64 bytes).
+ * weight k = 4*group + i. Everything is lossless and of the file's size (plus rounding to 64
+ * bytes).
  *
  * "Nibble vectors of 32 weights" are 4 vectors v = 0..3: the low nibble of byte (n, i) is weight
  * 4v + i, the high nibble weight 16 + 4v + i (both relative to the 32).
@@ -110,18 +111,17 @@ _Static_assert(sizeof(kern_block_mxfp4) == 17, "mxfp4");
  *         S1 (vector): the same of the mins m[b], m[b+4]
  *         S2 (vector): byte b: bits 0-1 sc[b]>>4, 2-3 sc[b+4]>>4, 4-5 m[b]>>4, 6-7 m[b+4]>>4
  *         16 half d, 16 half dmin (64 bytes), then 8 x nibble vectors of 32
- *   Q5_K  per 256 block, 2816 bytes: the same 256-byte head; 8 high-bit vectors, one per 32 weights:
- *         bit t of byte (n, i) is the fifth bit of weight 4t + i; then 8 x nibble vectors of 32
- *   Q6_K  head of the panel: d as 16 half per block, rounded up to 64 bytes in all; then per 256 block
- *         3328 bytes: 4 scale vectors g (byte b of lane n: sc[4g+b]); 16 high vectors, two (u = 0, 1)
- *         per 32 weights: bits 2s..2s+1 of byte (n, i) are the upper two bits of weight 16u + 4s + i;
- *         then 8 x nibble vectors of 32
- *   Q8_0  head: d as 16 half per block, rounded up to 64; per 32 block 8 vectors t: weight 4t + i, stored
- *         as q + 128 (unsigned)
- *   Q4_0  head as Q8_0; per 32 block the nibble vectors
- *   Q5_0  head as Q8_0; per 32 block one high-bit vector (as Q5_K), then the nibble vectors
- *   GPTQ4 head: d as 16 half per group of 128, rounded up to 64; per group 4 x nibble vectors of 32
- *   F32   [k][16] floats      F16  [k][16] halves      BF16  [k/2][16][2], k rounded up to 32 with zeros
+ *   Q5_K  per 256 block, 2816 bytes: the same 256-byte head; 8 high-bit vectors, one per 32
+ * weights: bit t of byte (n, i) is the fifth bit of weight 4t + i; then 8 x nibble vectors of 32
+ *   Q6_K  head of the panel: d as 16 half per block, rounded up to 64 bytes in all; then per 256
+ * block 3328 bytes: 4 scale vectors g (byte b of lane n: sc[4g+b]); 16 high vectors, two (u = 0, 1)
+ *         per 32 weights: bits 2s..2s+1 of byte (n, i) are the upper two bits of weight 16u + 4s +
+ * i; then 8 x nibble vectors of 32 Q8_0  head: d as 16 half per block, rounded up to 64; per 32
+ * block 8 vectors t: weight 4t + i, stored as q + 128 (unsigned) Q4_0  head as Q8_0; per 32 block
+ * the nibble vectors Q5_0  head as Q8_0; per 32 block one high-bit vector (as Q5_K), then the
+ * nibble vectors GPTQ4 head: d as 16 half per group of 128, rounded up to 64; per group 4 x nibble
+ * vectors of 32 F32   [k][16] floats      F16  [k][16] halves      BF16  [k/2][16][2], k rounded up
+ * to 32 with zeros
  */
 
 /* True if the type can be computed with (KERN_MXFP4 cannot yet). Unknown values: false. */

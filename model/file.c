@@ -1,12 +1,12 @@
 /*
  * A model file: one GGUF, or the parts of a split one, as one set of keys and tensors.
  *
- * Keys come from the first part; the others only say which part they are. Part names follow the pattern
- * NAME-00001-of-00003.gguf, and every part's own numbers must agree with its name. Tensor names are
- * unique over all parts and found by binary search.
+ * Keys come from the first part; the others only say which part they are. Part names follow the
+ * pattern NAME-00001-of-00003.gguf, and every part's own numbers must agree with its name. Tensor
+ * names are unique over all parts and found by binary search.
  *
- * The map lives as long as the file; nothing of it is copied but the tensor names, which callers want as
- * C strings. A file cut short by someone else while it is mapped is not survived (SIGBUS).
+ * The map lives as long as the file; nothing of it is copied but the tensor names, which callers
+ * want as C strings. A file cut short by someone else while it is mapped is not survived (SIGBUS).
  */
 #include "model/file.h"
 
@@ -32,7 +32,8 @@ struct model_file {
     char *names; /* every tensor name, NUL-terminated */
 };
 
-/* ---- opening ------------------------------------------------------------------------------------ */
+/* ---- opening ------------------------------------------------------------------------------------
+ */
 
 static void part_close(gguf_part *p)
 {
@@ -93,22 +94,27 @@ static ep_status split_number(const gguf_part *p, const char *key, uint64_t *out
     return EP_OK;
 }
 
-/* "DIR/NAME" of a path "DIR/NAME-0000i-of-0000n.gguf", NULL (and *nomem) when it has another form. */
+/* "DIR/NAME" of a path "DIR/NAME-0000i-of-0000n.gguf", NULL (and *nomem) when it has another form.
+ */
 static char *split_prefix(const char *path, uint64_t no, uint64_t count, bool *nomem)
 {
     char tail[64];
     size_t len = strlen(path);
-    size_t n = (size_t)snprintf(tail, sizeof(tail), "-%05" PRIu64 "-of-%05" PRIu64 ".gguf", no + 1, count);
+    size_t n =
+        (size_t)snprintf(tail, sizeof(tail), "-%05" PRIu64 "-of-%05" PRIu64 ".gguf", no + 1, count);
     *nomem = false;
     if (len <= n || strcmp(path + len - n, tail) != 0) return NULL;
     char *prefix = ep_strdup(path);
-    if (prefix == NULL) *nomem = true;
-    else prefix[len - n] = '\0';
+    if (prefix == NULL)
+        *nomem = true;
+    else
+        prefix[len - n] = '\0';
     return prefix;
 }
 
 /* Opens part i of a split file and checks that it says so itself. */
-static ep_status open_sibling(model_file *f, const char *prefix, size_t i, size_t count, ep_err *err)
+static ep_status open_sibling(model_file *f, const char *prefix, size_t i, size_t count,
+                              ep_err *err)
 {
     char *path = ep_strfmt("%s-%05zu-of-%05zu.gguf", prefix, i + 1, count);
     if (path == NULL) return ep_fail(err, EP_ERR_NOMEM, "%s: no memory", prefix);
@@ -140,8 +146,9 @@ static ep_status open_siblings(model_file *f, uint64_t no, uint64_t count, ep_er
     if (!named->mapped)
         return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: is one part of a split file", named->path);
     if (count > 65535 || no >= count)
-        return ep_fail(err, EP_ERR_INVALID, "%s: split.no %" PRIu64 " of split.count %" PRIu64
-                       " is impossible", named->path, no, count);
+        return ep_fail(err, EP_ERR_INVALID,
+                       "%s: split.no %" PRIu64 " of split.count %" PRIu64 " is impossible",
+                       named->path, no, count);
     bool nomem;
     char *prefix = split_prefix(named->path, no, count, &nomem);
     if (prefix == NULL && !nomem)
@@ -222,7 +229,8 @@ static ep_status index_tensors(model_file *f, ep_err *err)
 }
 
 /* path or bytes, whichever is given. */
-static ep_status file_open(model_file **out, const char *path, const void *data, size_t n, ep_err *err)
+static ep_status file_open(model_file **out, const char *path, const void *data, size_t n,
+                           ep_err *err)
 {
     model_file *f = ep_calloc(1, sizeof(*f));
     gguf_part *parts = ep_calloc(1, sizeof(*parts));
@@ -280,9 +288,13 @@ void model_file_close(model_file *f)
     ep_free(f);
 }
 
-/* ---- looking ------------------------------------------------------------------------------------ */
+/* ---- looking ------------------------------------------------------------------------------------
+ */
 
-size_t model_file_n_tensors(const model_file *f) { return f->n_tensors; }
+size_t model_file_n_tensors(const model_file *f)
+{
+    return f->n_tensors;
+}
 
 const model_tensor *model_file_tensor(const model_file *f, size_t i)
 {
@@ -296,20 +308,28 @@ const model_tensor *model_file_find(const model_file *f, const char *name)
         size_t mid = lo + (hi - lo) / 2;
         int c = strcmp(name, f->sorted[mid]->name);
         if (c == 0) return f->sorted[mid];
-        if (c < 0) hi = mid;
-        else lo = mid + 1;
+        if (c < 0)
+            hi = mid;
+        else
+            lo = mid + 1;
     }
     return NULL;
 }
 
-size_t model_file_n_parts(const model_file *f) { return f->n_parts; }
+size_t model_file_n_parts(const model_file *f)
+{
+    return f->n_parts;
+}
 
 const gguf_part *model_file_part(const model_file *f, size_t i)
 {
     return i < f->n_parts ? &f->parts[i] : NULL;
 }
 
-const char *model_file_path(const model_file *f) { return f->parts[0].path; }
+const char *model_file_path(const model_file *f)
+{
+    return f->parts[0].path;
+}
 
 const gguf_key *model_file_key(const model_file *f, const char *name)
 {
@@ -330,13 +350,14 @@ uint64_t model_file_digest(const model_file *f)
     return h;
 }
 
-/* ---- metadata ----------------------------------------------------------------------------------- */
+/* ---- metadata -----------------------------------------------------------------------------------
+ */
 
-static ep_status wrong_kind(const model_file *f, const gguf_key *k, const char *key, const char *want,
-                            ep_err *err)
+static ep_status wrong_kind(const model_file *f, const gguf_key *k, const char *key,
+                            const char *want, ep_err *err)
 {
-    return ep_fail(err, EP_ERR_INVALID, "%s: key %s is of kind %s, expected %s", model_file_path(f), key,
-                   gguf_kind_name((int)k->kind), want);
+    return ep_fail(err, EP_ERR_INVALID, "%s: key %s is of kind %s, expected %s", model_file_path(f),
+                   key, gguf_kind_name((int)k->kind), want);
 }
 
 ep_status model_file_u64(const model_file *f, const char *key, uint64_t *out, ep_err *err)
@@ -358,7 +379,8 @@ ep_status model_file_f64(const model_file *f, const char *key, double *out, ep_e
     const gguf_key *k = model_file_key(f, key);
     double v;
     if (k == NULL) return EP_AGAIN;
-    if (k->kind == GGUF_ARRAY || !gguf_float_at(k, 0, &v)) return wrong_kind(f, k, key, "a number", err);
+    if (k->kind == GGUF_ARRAY || !gguf_float_at(k, 0, &v))
+        return wrong_kind(f, k, key, "a number", err);
     if (!isfinite(v))
         return ep_fail(err, EP_ERR_INVALID, "%s: key %s is not finite", model_file_path(f), key);
     *out = v;
@@ -377,7 +399,8 @@ ep_status model_file_bool(const model_file *f, const char *key, bool *out, ep_er
     return EP_OK;
 }
 
-ep_status model_file_str(const model_file *f, const char *key, const char **s, size_t *n, ep_err *err)
+ep_status model_file_str(const model_file *f, const char *key, const char **s, size_t *n,
+                         ep_err *err)
 {
     const gguf_key *k = model_file_key(f, key);
     if (k == NULL) return EP_AGAIN;
@@ -400,7 +423,8 @@ size_t model_file_arr_len(const model_file *f, const char *key)
     return k != NULL ? (size_t)k->n : 0;
 }
 
-ep_status model_file_arr_str(const model_file *f, const char *key, size_t i, const char **s, size_t *n)
+ep_status model_file_arr_str(const model_file *f, const char *key, size_t i, const char **s,
+                             size_t *n)
 {
     const gguf_key *k = array_find(f, key);
     return k != NULL && gguf_string_at(k, i, s, n) ? EP_OK : EP_ERR_INVALID;

@@ -1,8 +1,8 @@
 #ifndef EP_MODEL_FILE_H
 #define EP_MODEL_FILE_H
 /*
- * file: what the sources of model/ share about GGUF files and nobody else sees. gguf.c turns the bytes
- * of one part into a gguf_part; file.c makes a model_file of one or several parts.
+ * file: what the sources of model/ share about GGUF files and nobody else sees. gguf.c turns the
+ * bytes of one part into a gguf_part; file.c makes a model_file of one or several parts.
  *
  * Everything points into the mapped bytes; only indexes are allocated, and never more than a small
  * multiple of the bytes they describe.
@@ -52,14 +52,15 @@ typedef struct gguf_part {
     uint32_t version;
     uint64_t alignment;
     size_t n_keys, n_tensors;
-    gguf_key *keys;              /* [n_keys] in file order */
+    gguf_key *keys;               /* [n_keys] in file order */
     const gguf_key **keys_sorted; /* [n_keys] by name */
-    gguf_tensor *tensors;        /* [n_tensors] in file order */
-    size_t directory_end;        /* header, keys and tensor directory lie before it */
+    gguf_tensor *tensors;         /* [n_tensors] in file order */
+    size_t directory_end;         /* header, keys and tensor directory lie before it */
     size_t data_start;
 } gguf_part;
 
-/* Reads p->map; path, map and size are set. What was allocated is freed by fini, also on failure. */
+/* Reads p->map; path, map and size are set. What was allocated is freed by fini, also on failure.
+ */
 ep_status gguf_part_parse(gguf_part *p, ep_err *err);
 void gguf_part_fini(gguf_part *p);
 const gguf_key *gguf_part_find(const gguf_part *p, const char *name);
@@ -73,7 +74,8 @@ bool gguf_type_size(int type, uint32_t *block, uint32_t *block_bytes);
 /* "[256, 64]", the dimensions that the file gave. Returns buf. */
 char *gguf_shape_text(char *buf, size_t n, int n_dims, const uint64_t *ne);
 
-/* Element i of an array of integers or booleans, floats, strings. False: another kind or i outside. */
+/* Element i of an array of integers or booleans, floats, strings. False: another kind or i outside.
+ */
 bool gguf_int_at(const gguf_key *k, uint64_t i, bool *negative, uint64_t *magnitude);
 bool gguf_float_at(const gguf_key *k, uint64_t i, double *out);
 bool gguf_string_at(const gguf_key *k, uint64_t i, const char **s, size_t *n);

@@ -1,10 +1,10 @@
 /*
  * One GGUF part: header, keys, tensor directory. Turns bytes that nobody vouches for into indexes.
  *
- * Invariant: after a successful parse every pointer and length in the gguf_part lies inside the map,
- * every tensor's bytes lie inside the file, are aligned, and overlap no other's; names are unique and
- * hold no control characters. Nothing is allocated before the count it depends on was compared with the
- * bytes that are left, so a lying count costs nothing.
+ * Invariant: after a successful parse every pointer and length in the gguf_part lies inside the
+ * map, every tensor's bytes lie inside the file, are aligned, and overlap no other's; names are
+ * unique and hold no control characters. Nothing is allocated before the count it depends on was
+ * compared with the bytes that are left, so a lying count costs nothing.
  *
  * It copies no data, knows no architecture and gives values no meaning except general.alignment.
  */
@@ -31,26 +31,27 @@ static const struct {
     {"bool", 1}, {"string", 0}, {"array", 0}, {"u64", 8}, {"i64", 8}, {"f64", 8},
 };
 
-/* Every type a file may name, also those moed cannot compute with. block 0: no longer part of GGUF. */
+/* Every type a file may name, also those moed cannot compute with. block 0: no longer part of GGUF.
+ */
 static const struct {
     int type;
     const char *name;
     uint16_t block, bytes;
 } types[] = {
-    {0, "F32", 1, 4},         {1, "F16", 1, 2},        {2, "Q4_0", 32, 18},
-    {3, "Q4_1", 32, 20},      {4, "Q4_2", 0, 0},       {5, "Q4_3", 0, 0},
-    {6, "Q5_0", 32, 22},      {7, "Q5_1", 32, 24},     {8, "Q8_0", 32, 34},
-    {9, "Q8_1", 32, 36},      {10, "Q2_K", 256, 84},   {11, "Q3_K", 256, 110},
-    {12, "Q4_K", 256, 144},   {13, "Q5_K", 256, 176},  {14, "Q6_K", 256, 210},
+    {0, "F32", 1, 4},         {1, "F16", 1, 2},         {2, "Q4_0", 32, 18},
+    {3, "Q4_1", 32, 20},      {4, "Q4_2", 0, 0},        {5, "Q4_3", 0, 0},
+    {6, "Q5_0", 32, 22},      {7, "Q5_1", 32, 24},      {8, "Q8_0", 32, 34},
+    {9, "Q8_1", 32, 36},      {10, "Q2_K", 256, 84},    {11, "Q3_K", 256, 110},
+    {12, "Q4_K", 256, 144},   {13, "Q5_K", 256, 176},   {14, "Q6_K", 256, 210},
     {15, "Q8_K", 256, 292},   {16, "IQ2_XXS", 256, 66}, {17, "IQ2_XS", 256, 74},
-    {18, "IQ3_XXS", 256, 98}, {19, "IQ1_S", 256, 50},  {20, "IQ4_NL", 32, 18},
-    {21, "IQ3_S", 256, 110},  {22, "IQ2_S", 256, 82},  {23, "IQ4_XS", 256, 136},
-    {24, "I8", 1, 1},         {25, "I16", 1, 2},       {26, "I32", 1, 4},
-    {27, "I64", 1, 8},        {28, "F64", 1, 8},       {29, "IQ1_M", 256, 56},
-    {30, "BF16", 1, 2},       {31, "Q4_0_4_4", 0, 0},  {32, "Q4_0_4_8", 0, 0},
-    {33, "Q4_0_8_8", 0, 0},   {34, "TQ1_0", 256, 54},  {35, "TQ2_0", 256, 66},
+    {18, "IQ3_XXS", 256, 98}, {19, "IQ1_S", 256, 50},   {20, "IQ4_NL", 32, 18},
+    {21, "IQ3_S", 256, 110},  {22, "IQ2_S", 256, 82},   {23, "IQ4_XS", 256, 136},
+    {24, "I8", 1, 1},         {25, "I16", 1, 2},        {26, "I32", 1, 4},
+    {27, "I64", 1, 8},        {28, "F64", 1, 8},        {29, "IQ1_M", 256, 56},
+    {30, "BF16", 1, 2},       {31, "Q4_0_4_4", 0, 0},   {32, "Q4_0_4_8", 0, 0},
+    {33, "Q4_0_8_8", 0, 0},   {34, "TQ1_0", 256, 54},   {35, "TQ2_0", 256, 66},
     {36, "IQ4_NL_4_4", 0, 0}, {37, "IQ4_NL_4_8", 0, 0}, {38, "IQ4_NL_8_8", 0, 0},
-    {39, "MXFP4", 32, 17},    {40, "NVFP4", 64, 36},   {41, "Q1_0", 128, 18},
+    {39, "MXFP4", 32, 17},    {40, "NVFP4", 64, 36},    {41, "Q1_0", 128, 18},
     {42, "Q2_0", 64, 18},
 };
 #define N_TYPES ((int)(sizeof(types) / sizeof(types[0])))
@@ -103,7 +104,8 @@ static const char *get_string(ep_cursor *c, size_t *n)
     return (const char *)ep_get_bytes(c, (size_t)len);
 }
 
-/* ---- values ------------------------------------------------------------------------------------- */
+/* ---- values -------------------------------------------------------------------------------------
+ */
 
 static uint64_t load_le(const uint8_t *p, size_t n)
 {
@@ -168,7 +170,8 @@ bool gguf_string_at(const gguf_key *k, uint64_t i, const char **s, size_t *n)
     return true;
 }
 
-/* ---- keys --------------------------------------------------------------------------------------- */
+/* ---- keys ---------------------------------------------------------------------------------------
+ */
 
 static ep_status parse_array(ep_cursor *c, gguf_key *k, const char *path, ep_err *err)
 {
@@ -202,7 +205,8 @@ static ep_status parse_array(ep_cursor *c, gguf_key *k, const char *path, ep_err
         size_t len;
         if (get_string(c, &len) == NULL)
             return ep_fail(err, EP_ERR_INVALID,
-                           "%s: key %.*s: string %" PRIu64 " of %" PRIu64 " runs past the end of the file",
+                           "%s: key %.*s: string %" PRIu64 " of %" PRIu64
+                           " runs past the end of the file",
                            path, shown, k->name, i, k->n);
     }
     k->bytes = (size_t)(c->at - k->data);
@@ -217,8 +221,8 @@ static ep_status parse_key(ep_cursor *c, gguf_key *k, size_t i, const char *path
                        path, i);
     if (k->name_len == 0 || k->name_len > MAX_KEY_NAME || !name_is_clean(k->name, k->name_len))
         return ep_fail(err, EP_ERR_INVALID,
-                       "%s: the name of key %zu is empty, too long or holds control characters", path,
-                       i);
+                       "%s: the name of key %zu is empty, too long or holds control characters",
+                       path, i);
     int shown = k->name_len > 100 ? 100 : (int)k->name_len;
     uint32_t kind = ep_get_u32(c);
     if (!c->bad && kind >= GGUF_N_KINDS)
@@ -236,8 +240,8 @@ static ep_status parse_key(ep_cursor *c, gguf_key *k, size_t i, const char *path
         k->data = ep_get_bytes(c, k->bytes);
     }
     if (c->bad)
-        return ep_fail(err, EP_ERR_INVALID, "%s: key %.*s runs past the end of the file", path, shown,
-                       k->name);
+        return ep_fail(err, EP_ERR_INVALID, "%s: key %.*s runs past the end of the file", path,
+                       shown, k->name);
     return EP_OK;
 }
 
@@ -264,9 +268,10 @@ static ep_status sort_keys(gguf_part *p, ep_err *err)
     qsort(p->keys_sorted, p->n_keys, sizeof(*p->keys_sorted), compare_keys);
     for (size_t i = 1; i < p->n_keys; i++)
         if (compare_keys(&p->keys_sorted[i - 1], &p->keys_sorted[i]) == 0)
-            return ep_fail(err, EP_ERR_INVALID, "%s: key %.*s is there twice", p->path,
-                           (int)(p->keys_sorted[i]->name_len > 100 ? 100 : p->keys_sorted[i]->name_len),
-                           p->keys_sorted[i]->name);
+            return ep_fail(
+                err, EP_ERR_INVALID, "%s: key %.*s is there twice", p->path,
+                (int)(p->keys_sorted[i]->name_len > 100 ? 100 : p->keys_sorted[i]->name_len),
+                p->keys_sorted[i]->name);
     return EP_OK;
 }
 
@@ -278,8 +283,10 @@ const gguf_key *gguf_part_find(const gguf_part *p, const char *name)
         const gguf_key *k = p->keys_sorted[mid];
         int c = compare_names(name, len, k->name, k->name_len);
         if (c == 0) return k;
-        if (c < 0) hi = mid;
-        else lo = mid + 1;
+        if (c < 0)
+            hi = mid;
+        else
+            lo = mid + 1;
     }
     return NULL;
 }
@@ -287,8 +294,9 @@ const gguf_key *gguf_part_find(const gguf_part *p, const char *name)
 static ep_status parse_keys(gguf_part *p, ep_cursor *c, uint64_t n, ep_err *err)
 {
     if (n > ep_cursor_left(c) / MIN_KEY_BYTES)
-        return ep_fail(err, EP_ERR_INVALID, "%s: %" PRIu64 " keys do not fit in a file of %zu bytes",
-                       p->path, n, p->size);
+        return ep_fail(err, EP_ERR_INVALID,
+                       "%s: %" PRIu64 " keys do not fit in a file of %zu bytes", p->path, n,
+                       p->size);
     if (n > MAX_KEYS)
         return ep_fail(err, EP_ERR_TOO_LARGE, "%s: %" PRIu64 " keys are more than the limit of %d",
                        p->path, n, MAX_KEYS);
@@ -302,7 +310,8 @@ static ep_status parse_keys(gguf_part *p, ep_cursor *c, uint64_t n, ep_err *err)
     return sort_keys(p, err);
 }
 
-/* ---- tensors ------------------------------------------------------------------------------------ */
+/* ---- tensors ------------------------------------------------------------------------------------
+ */
 
 /* Bytes of a tensor from its shape: every product checked, rows whole numbers of blocks. */
 static ep_status size_tensor(gguf_tensor *g, const char *path, ep_err *err)
@@ -313,8 +322,8 @@ static ep_status size_tensor(gguf_tensor *g, const char *path, ep_err *err)
     uint32_t block, block_bytes;
     if (!gguf_type_size(t->type, &block, &block_bytes)) {
         const char *old = gguf_type_name(t->type);
-        return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: tensor %.*s: type %" PRIu32 " %s%s%s", path, shown,
-                       t->name, (uint32_t)t->type, old ? "(" : "is unknown", old ? old : "",
+        return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: tensor %.*s: type %" PRIu32 " %s%s%s", path,
+                       shown, t->name, (uint32_t)t->type, old ? "(" : "is unknown", old ? old : "",
                        old ? ") was removed from the format" : "");
     }
     uint64_t elements = 1, bytes;
@@ -324,7 +333,8 @@ static ep_status size_tensor(gguf_tensor *g, const char *path, ep_err *err)
                            t->name, gguf_shape_text(shape, sizeof(shape), t->n_dims, t->ne));
     if (t->ne[0] % block != 0)
         return ep_fail(err, EP_ERR_INVALID,
-                       "%s: tensor %.*s: rows of %" PRIu64 " are no multiple of %s's block of %" PRIu32,
+                       "%s: tensor %.*s: rows of %" PRIu64
+                       " are no multiple of %s's block of %" PRIu32,
                        path, shown, t->name, t->ne[0], gguf_type_name(t->type), block);
     if (__builtin_mul_overflow(elements / block, (uint64_t)block_bytes, &bytes) || bytes > SIZE_MAX)
         return ep_fail(err, EP_ERR_INVALID, "%s: tensor %.*s: impossible shape %s", path, shown,
@@ -341,9 +351,10 @@ static ep_status parse_tensor(gguf_part *p, ep_cursor *c, gguf_tensor *g, size_t
         return ep_fail(err, EP_ERR_INVALID,
                        "%s: the name of tensor %zu runs past the end of the file", p->path, i);
     if (g->name_len == 0 || g->name_len > MAX_NAME || !name_is_clean(t->name, g->name_len))
-        return ep_fail(err, EP_ERR_INVALID,
-                       "%s: the name of tensor %zu is empty, longer than %d or holds control characters",
-                       p->path, i, MAX_NAME);
+        return ep_fail(
+            err, EP_ERR_INVALID,
+            "%s: the name of tensor %zu is empty, longer than %d or holds control characters",
+            p->path, i, MAX_NAME);
     uint32_t n_dims = ep_get_u32(c);
     if (!c->bad && (n_dims < 1 || n_dims > 4))
         return ep_fail(err, EP_ERR_INVALID, "%s: tensor %.*s: %" PRIu32 " dimensions", p->path,
@@ -354,8 +365,9 @@ static ep_status parse_tensor(gguf_part *p, ep_cursor *c, gguf_tensor *g, size_t
     t->type = (int)ep_get_u32(c);
     g->offset = ep_get_u64(c);
     if (c->bad)
-        return ep_fail(err, EP_ERR_INVALID, "%s: tensor %.*s: its entry runs past the end of the file",
-                       p->path, (int)g->name_len, t->name);
+        return ep_fail(err, EP_ERR_INVALID,
+                       "%s: tensor %.*s: its entry runs past the end of the file", p->path,
+                       (int)g->name_len, t->name);
     if (g->offset % p->alignment != 0)
         return ep_fail(err, EP_ERR_INVALID,
                        "%s: tensor %.*s: offset %" PRIu64 " is not aligned to %" PRIu64, p->path,
@@ -369,7 +381,8 @@ static int compare_offsets(const void *a, const void *b)
     return (x->offset > y->offset) - (x->offset < y->offset);
 }
 
-/* Each tensor inside the file, and none over another: two names for the same bytes is no real file. */
+/* Each tensor inside the file, and none over another: two names for the same bytes is no real file.
+ */
 static ep_status place_tensors(gguf_part *p, ep_err *err)
 {
     size_t room = p->size - p->data_start;
@@ -402,12 +415,15 @@ static ep_status parse_tensors(gguf_part *p, ep_cursor *c, uint64_t n, ep_err *e
 {
     if (n > ep_cursor_left(c) / MIN_INFO_BYTES)
         return ep_fail(err, EP_ERR_INVALID,
-                       "%s: %" PRIu64 " tensors do not fit in a file of %zu bytes", p->path, n, p->size);
+                       "%s: %" PRIu64 " tensors do not fit in a file of %zu bytes", p->path, n,
+                       p->size);
     if (n > MAX_TENSORS)
-        return ep_fail(err, EP_ERR_TOO_LARGE, "%s: %" PRIu64 " tensors are more than the limit of %u",
-                       p->path, n, MAX_TENSORS);
+        return ep_fail(err, EP_ERR_TOO_LARGE,
+                       "%s: %" PRIu64 " tensors are more than the limit of %u", p->path, n,
+                       MAX_TENSORS);
     p->tensors = ep_calloc((size_t)n, sizeof(*p->tensors));
-    if (p->tensors == NULL) return ep_fail(err, EP_ERR_NOMEM, "%s: no memory for its index", p->path);
+    if (p->tensors == NULL)
+        return ep_fail(err, EP_ERR_NOMEM, "%s: no memory for its index", p->path);
     p->n_tensors = (size_t)n;
     for (size_t i = 0; i < p->n_tensors; i++) {
         ep_status s = parse_tensor(p, c, &p->tensors[i], i, err);
@@ -417,15 +433,16 @@ static ep_status parse_tensors(gguf_part *p, ep_cursor *c, uint64_t n, ep_err *e
     size_t gap = (size_t)(p->alignment - p->directory_end % p->alignment) % (size_t)p->alignment;
     if (gap > p->size - p->directory_end) {
         if (n > 0)
-            return ep_fail(err, EP_ERR_INVALID, "%s: the file ends before its tensor data: truncated?",
-                           p->path);
+            return ep_fail(err, EP_ERR_INVALID,
+                           "%s: the file ends before its tensor data: truncated?", p->path);
         gap = p->size - p->directory_end; /* a file of keys only needs no padding */
     }
     p->data_start = p->directory_end + gap;
     return place_tensors(p, err);
 }
 
-/* ---- the part ----------------------------------------------------------------------------------- */
+/* ---- the part -----------------------------------------------------------------------------------
+ */
 
 static ep_status parse_alignment(gguf_part *p, ep_err *err)
 {
@@ -434,12 +451,13 @@ static ep_status parse_alignment(gguf_part *p, ep_err *err)
     if (k == NULL) return EP_OK;
     bool negative;
     uint64_t v;
-    if (k->kind == GGUF_ARRAY || k->kind == GGUF_BOOL || !gguf_int_at(k, 0, &negative, &v) || negative)
+    if (k->kind == GGUF_ARRAY || k->kind == GGUF_BOOL || !gguf_int_at(k, 0, &negative, &v) ||
+        negative)
         return ep_fail(err, EP_ERR_INVALID, "%s: general.alignment is no number", p->path);
     if (v < 8 || v > MAX_ALIGNMENT || (v & (v - 1)) != 0)
         return ep_fail(err, EP_ERR_INVALID,
-                       "%s: general.alignment %" PRIu64 " is no power of two from 8 to %u", p->path, v,
-                       MAX_ALIGNMENT);
+                       "%s: general.alignment %" PRIu64 " is no power of two from 8 to %u", p->path,
+                       v, MAX_ALIGNMENT);
     p->alignment = v;
     return EP_OK;
 }
@@ -452,7 +470,8 @@ static ep_status parse_header(gguf_part *p, ep_cursor *c, ep_err *err)
     p->version = ep_get_u32(c);
     if (c->bad) return ep_fail(err, EP_ERR_INVALID, "%s: the file ends inside its header", p->path);
     if ((p->version & 0xffff) == 0 && p->version != 0)
-        return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: a big-endian GGUF file is not supported", p->path);
+        return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: a big-endian GGUF file is not supported",
+                       p->path);
     if (p->version == 1)
         return ep_fail(err, EP_ERR_UNSUPPORTED,
                        "%s: GGUF version 1 is not supported (versions 2 and 3 are)", p->path);

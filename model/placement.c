@@ -3,9 +3,10 @@
  *
  * Rules:
  *  1. A shard with a list owns exactly the listed experts; lists are read in shard order.
- *  2. What no list names is dealt to the shards without a list, in order of id, in runs: with r experts
- *     left and n such shards, the first r % n get one more than the rest.
- *  3. Every expert ends with exactly one owner, or the placement is refused and the experts are named.
+ *  2. What no list names is dealt to the shards without a list, in order of id, in runs: with r
+ * experts left and n such shards, the first r % n get one more than the rest.
+ *  3. Every expert ends with exactly one owner, or the placement is refused and the experts are
+ * named.
  *  4. A shard's local index follows the expert's id, whatever the order of its list.
  *
  * The result depends on the arguments alone, so every rank computes the same.
@@ -17,7 +18,10 @@
 
 #define MAX_EXPERTS 32767 /* ids and shards are int16_t */
 
-static bool is_blank(char c) { return c == ' ' || c == '\t'; }
+static bool is_blank(char c)
+{
+    return c == ' ' || c == '\t';
+}
 
 static void skip_blanks(const char **p)
 {
@@ -39,8 +43,8 @@ static bool read_number(const char **p, long *out)
 static ep_status own_range(model_placement *p, int shard, long first, long last, ep_err *err)
 {
     if (last < first)
-        return ep_fail(err, EP_ERR_INVALID, "shard %d: experts %ld-%ld: the range runs backwards", shard,
-                       first, last);
+        return ep_fail(err, EP_ERR_INVALID, "shard %d: experts %ld-%ld: the range runs backwards",
+                       shard, first, last);
     if (last >= p->n_experts)
         return ep_fail(err, EP_ERR_INVALID,
                        "shard %d: expert %ld does not exist: the model has experts 0-%d", shard,
@@ -49,8 +53,8 @@ static ep_status own_range(model_placement *p, int shard, long first, long last,
         if (p->owner[e] == shard)
             return ep_fail(err, EP_ERR_INVALID, "shard %d: expert %ld is listed twice", shard, e);
         if (p->owner[e] >= 0)
-            return ep_fail(err, EP_ERR_INVALID, "expert %ld is owned by shard %d and by shard %d", e,
-                           p->owner[e], shard);
+            return ep_fail(err, EP_ERR_INVALID, "expert %ld is owned by shard %d and by shard %d",
+                           e, p->owner[e], shard);
         p->owner[e] = (int16_t)shard;
     }
     return EP_OK;
@@ -81,8 +85,8 @@ static ep_status own_list(model_placement *p, int shard, const char *list, ep_er
     }
     if (*at == '\0' && at == list + strspn(list, " \t")) return EP_OK;
     return ep_fail(err, EP_ERR_INVALID,
-                   "shard %d: experts \"%.100s\": expected a list such as 0-3,8 at column %d", shard, list,
-                   (int)(at - list) + 1);
+                   "shard %d: experts \"%.100s\": expected a list such as 0-3,8 at column %d",
+                   shard, list, (int)(at - list) + 1);
 }
 
 /* Names what nobody owns, as ranges; the text is cut where it would not fit. */
@@ -103,8 +107,8 @@ static ep_status refuse_uncovered(const model_placement *p, ep_err *err)
         if (at > sizeof(text) - 32) at += (size_t)snprintf(text + at, sizeof(text) - at, ",...");
     }
     if (n == 0) return EP_OK;
-    return ep_fail(err, EP_ERR_INVALID, "%d of %d experts are owned by no shard: %s", n, p->n_experts,
-                   text);
+    return ep_fail(err, EP_ERR_INVALID, "%d of %d experts are owned by no shard: %s", n,
+                   p->n_experts, text);
 }
 
 /* Rule 2. */

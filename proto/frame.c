@@ -1,8 +1,8 @@
 /*
- * Frames: length checks before everything else, then protobuf-c. Lengths that exceed the limits of a
- * socket are refused before memory is asked for; an Envelope without a body is refused, because an
- * empty buffer is a valid protobuf message. The Envelope is unpacked through ep_alloc, so that its
- * memory is counted and can be made to fail like all other.
+ * Frames: length checks before everything else, then protobuf-c. Lengths that exceed the limits of
+ * a socket are refused before memory is asked for; an Envelope without a body is refused, because
+ * an empty buffer is a valid protobuf message. The Envelope is unpacked through ep_alloc, so that
+ * its memory is counted and can be made to fail like all other.
  */
 #include "proto/frame.h"
 
@@ -24,7 +24,8 @@ static ProtobufCAllocator allocator = {.alloc = counted_alloc, .free = counted_f
 
 static void put_le(uint8_t *p, uint64_t v, size_t n)
 {
-    for (size_t i = 0; i < n; i++) p[i] = (uint8_t)(v >> (8 * i));
+    for (size_t i = 0; i < n; i++)
+        p[i] = (uint8_t)(v >> (8 * i));
 }
 
 size_t proto_frame_size(const Moed__Envelope *e, size_t payload_bytes)
@@ -32,7 +33,8 @@ size_t proto_frame_size(const Moed__Envelope *e, size_t payload_bytes)
     return PROTO_FRAME_BYTES + moed__envelope__get_packed_size(e) + payload_bytes;
 }
 
-void proto_frame_put(uint8_t *dst, const Moed__Envelope *e, const void *payload, size_t payload_bytes)
+void proto_frame_put(uint8_t *dst, const Moed__Envelope *e, const void *payload,
+                     size_t payload_bytes)
 {
     size_t n = moed__envelope__pack(e, dst + PROTO_FRAME_BYTES);
     put_le(dst, PROTO_FRAME_MAGIC, 4);

@@ -1,9 +1,9 @@
 #ifndef EP_TESTS_TEST_H
 #define EP_TESTS_TEST_H
 /*
- * The harness of the unit tests: a table of named functions, `--list`, one test by name, and a closing
- * line "N passed, N failed, N skipped". CHECK records a failure with its place and goes on, so one run
- * shows all of them; a test that cannot go on returns.
+ * The harness of the unit tests: a table of named functions, `--list`, one test by name, and a
+ * closing line "N passed, N failed, N skipped". CHECK records a failure with its place and goes on,
+ * so one run shows all of them; a test that cannot go on returns.
  */
 #include <stdbool.h>
 #include <stdio.h>
@@ -29,7 +29,8 @@ static const char *test_skip_reason;
         long long got_ = (long long)(got), want_ = (long long)(want);                              \
         if (got_ != want_) {                                                                       \
             test_failures++;                                                                       \
-            printf("    %s:%d: %s is %lld, expected %lld\n", __FILE__, __LINE__, #got, got_, want_); \
+            printf("    %s:%d: %s is %lld, expected %lld\n", __FILE__, __LINE__, #got, got_,       \
+                   want_);                                                                         \
         }                                                                                          \
     } while (0)
 #define CHECK_STR(got, want)                                                                       \
@@ -43,7 +44,10 @@ static const char *test_skip_reason;
     } while (0)
 
 /* Marks the running test as skipped; the reason is printed. */
-static inline void test_skip(const char *reason) { test_skip_reason = reason; }
+static inline void test_skip(const char *reason)
+{
+    test_skip_reason = reason;
+}
 
 static inline int test_main(int argc, char **argv, const test_case *cases, int n)
 {

@@ -1,9 +1,9 @@
 #ifndef EP_KERNELS_CPU_OPS_H
 #define EP_KERNELS_CPU_OPS_H
 /*
- * ops: the leaf contract between the loops written once (gemm.c, vec.c) and the code per instruction
- * set. Private to kernels/. Leaf functions never fail, allocate, lock or log, and are all static in
- * their files: an ISA file exports its tables and nothing else.
+ * ops: the leaf contract between the loops written once (gemm.c, vec.c) and the code per
+ * instruction set. Private to kernels/. Leaf functions never fail, allocate, lock or log, and are
+ * all static in their files: an ISA file exports its tables and nothing else.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -32,12 +32,11 @@ typedef struct kern_rows {
 
 /* y[r * ldy + n] for all m rows and the 16 columns of one panel over the whole of k. Overwrites y.
  *
- * The specification, per output element, acc = 0 and blocks in ascending k; (float) rounds to nearest:
- *   Q4_K, Q5_K: I1 = sum_j sc_j * sum(q x); I2 = sum_j m_j * sum32_j   (int32, exact)
- *               t = dmin * (float)I2;  v = fma(d, (float)I1, -t);  acc = fma(dx, v, acc)
- *   Q6_K:       I = sum_j sc_j * (sum(q x) - 32 sum16_j);  v = d * (float)I;  acc = fma(dx, v, acc)
- *   Q8_0, Q4_0, Q5_0, GPTQ4: I = sum((q - zero) x) with zero 0 (stored +128), 8, 16, 8;
- *               v = d * (float)I;  acc = fma(dx, v, acc)
+ * The specification, per output element, acc = 0 and blocks in ascending k; (float) rounds to
+ * nearest: Q4_K, Q5_K: I1 = sum_j sc_j * sum(q x); I2 = sum_j m_j * sum32_j   (int32, exact) t =
+ * dmin * (float)I2;  v = fma(d, (float)I1, -t);  acc = fma(dx, v, acc) Q6_K:       I = sum_j sc_j *
+ * (sum(q x) - 32 sum16_j);  v = d * (float)I;  acc = fma(dx, v, acc) Q8_0, Q4_0, Q5_0, GPTQ4: I =
+ * sum((q - zero) x) with zero 0 (stored +128), 8, 16, 8; v = d * (float)I;  acc = fma(dx, v, acc)
  *   F32, F16:   acc = fma(w, x, acc) for each k ascending
  *   BF16:       per 32 k (zero padded): e = o = 0; for p = 0..15 ascending:
  *               e = fma(x[2p], w[2p], e), o = fma(x[2p+1], w[2p+1], o);  acc = acc + (e + o);
@@ -50,8 +49,8 @@ typedef struct kern_gemm {
     kern_panel_fn q4_0, q5_0, q8_0, q4_k, q5_k, q6_k, gptq4, f32, f16, bf16;
 } kern_gemm;
 
-/* kernels/cpu/gemm_<isa>.c; a NULL entry falls back to the next lower level (amx -> avx512 -> avx2 ->
- * scalar); scalar has none. */
+/* kernels/cpu/gemm_<isa>.c; a NULL entry falls back to the next lower level (amx -> avx512 -> avx2
+ * -> scalar); scalar has none. */
 extern const kern_gemm kern_gemm_scalar, kern_gemm_avx2, kern_gemm_avx512, kern_gemm_amx;
 
 /* Element-wise and row operations; contracts in kernels.h under the same names. */

@@ -1,7 +1,7 @@
 /*
- * Replays a corpus through a fuzz target: every file of the folders named on the command line is given
- * to LLVMFuzzerTestOneInput. A finding of the fuzzer, once committed to the corpus, stays tested
- * without clang. An empty corpus is a failure: a test that reads nothing proves nothing.
+ * Replays a corpus through a fuzz target: every file of the folders named on the command line is
+ * given to LLVMFuzzerTestOneInput. A finding of the fuzzer, once committed to the corpus, stays
+ * tested without clang. An empty corpus is a failure: a test that reads nothing proves nothing.
  */
 #include <dirent.h>
 #include <stdint.h>

@@ -54,7 +54,8 @@ static void arena_gives_and_resets(void)
 static void buffer_grows(void)
 {
     ep_buf b = {0};
-    for (int i = 0; i < 1000; i++) CHECK_INT(ep_buf_printf(&b, "%d,", i), EP_OK);
+    for (int i = 0; i < 1000; i++)
+        CHECK_INT(ep_buf_printf(&b, "%d,", i), EP_OK);
     CHECK_INT(b.len, 10 * 2 + 90 * 3 + 900 * 4);
     CHECK(memcmp(b.data, "0,1,2,", 6) == 0);
     ep_buf_fini(&b);
@@ -75,7 +76,8 @@ static void pool_fn(void *arg, int i, int n)
     ep_pool_barrier(w->pool);
     if (i == n - 1) { /* sees what the others wrote before the barrier */
         w->total = 0;
-        for (int j = 0; j < n; j++) w->total += w->sums[j];
+        for (int j = 0; j < n; j++)
+            w->total += w->sums[j];
     }
 }
 
@@ -89,7 +91,8 @@ static void pool_runs_on_all(void)
             ep_pool_run(w.pool, pool_fn, &w);
             CHECK_INT(w.total, n * (n + 1) / 2);
         }
-        for (int i = 0; i < n; i++) CHECK_INT(atomic_load(&w.hits[i]), ROUNDS);
+        for (int i = 0; i < n; i++)
+            CHECK_INT(atomic_load(&w.hits[i]), ROUNDS);
         ep_pool_close(w.pool);
     }
 }
@@ -106,7 +109,8 @@ static void *producer(void *arg)
     static int items[1000];
     for (int i = 0; i < 1000; i++) {
         items[i] = i;
-        while (ep_queue_push(arg, &items[i]) == EP_ERR_BUSY) sched_yield();
+        while (ep_queue_push(arg, &items[i]) == EP_ERR_BUSY)
+            sched_yield();
     }
     return NULL;
 }
