@@ -333,6 +333,17 @@ static const char *beside_file(reader *r, const char *path)
     return keep(r, text, strlen(text));
 }
 
+void config_default_socket(char *out, size_t out_bytes)
+{
+    const char *run = getenv("XDG_RUNTIME_DIR");
+    if (geteuid() == 0)
+        snprintf(out, out_bytes, "/run/moed/moed.sock");
+    else if (run != NULL)
+        snprintf(out, out_bytes, "%s/moed.sock", run);
+    else
+        snprintf(out, out_bytes, "/tmp/moed-%u.sock", (unsigned)geteuid()); /* users do not meet */
+}
+
 /* Default of front.control: a socket beside the clients' one, for ranks of this machine. */
 static void resolve(reader *r)
 {
@@ -345,11 +356,10 @@ static void resolve(reader *r)
     c->model = beside_file(r, c->model);
     if (c->packed != NULL) c->packed = beside_file(r, c->packed);
     if (c->front.socket == NULL) {
-        const char *run = getenv("XDG_RUNTIME_DIR");
-        if (geteuid() == 0)
-            snprintf(text, sizeof(text), "/run/moed/moed.sock");
-        else
-            snprintf(text, sizeof(text), "%s/moed.sock", run != NULL ? run : "/tmp");
+        if (!config_is_local(
+                c)) /* the default follows the environment, which differs between hosts */
+            complain(r, NULL, "'front.socket' is needed when a rank runs on another host");
+        config_default_socket(text, sizeof(text));
         c->front.socket = keep(r, text, strlen(text));
     }
     if (strlen(c->front.socket) > 90)

@@ -15,8 +15,8 @@ typedef struct config_rank {
 } config_rank;
 
 typedef struct config {
-    const char *path;  /* the file, absolute */
-    const char *model; /* resolved: relative paths are relative to the file's folder */
+    const char *path;   /* the file, absolute */
+    const char *model;  /* resolved: relative paths are relative to the file's folder */
     const char *packed; /* resolved likewise, or NULL */
     const char *kernels;
     struct {
@@ -52,6 +52,9 @@ ep_status config_load(config **out, const char *path, ep_err *err);
  * tests). */
 ep_status config_parse(config **out, const char *name, const char *text, size_t len, ep_err *err);
 void config_close(config *c);
+
+/* Where clients and daemon meet if nobody says: the same for both, and another for each user. */
+void config_default_socket(char *out, size_t out_bytes);
 
 /* The resolved configuration: as YAML that parses to the same again, or one "path: value" per line.
  */

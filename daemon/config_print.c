@@ -10,19 +10,37 @@
 #include <string.h>
 #include <xxhash.h>
 
+/* Length of the character at s, and its code if it is one that YAML does not read back as it
+ * stands: a control character, a line break of Unicode, a byte order mark, no character. Else 0. */
+static unsigned special(const char *s, size_t *len)
+{
+    const unsigned char *p = (const unsigned char *)s;
+    *len = 1;
+    if (p[0] < 0x20 || p[0] == 0x7f) return p[0];
+    if (p[0] == 0xc2 && p[1] >= 0x80 && p[1] < 0xa0) {
+        *len = 2;
+        return p[1];
+    }
+    if ((p[0] & 0xf0) != 0xe0 || (p[1] & 0xc0) != 0x80 || (p[2] & 0xc0) != 0x80) return 0;
+    unsigned code = (p[0] & 0x0fu) << 12 | (p[1] & 0x3fu) << 6 | (p[2] & 0x3fu);
+    bool is_special = code == 0x2028 || code == 0x2029 || code == 0xfeff || code >= 0xfffe;
+    if (is_special) *len = 3;
+    return is_special ? code : 0;
+}
+
 /* Quoted always: no text can turn into something else. */
 static ep_status put_text(ep_buf *out, const char *s)
 {
     if (s == NULL) return ep_buf_printf(out, "~");
     ep_status status = ep_buf_printf(out, "\"");
-    for (; *s != '\0' && status == EP_OK; s++) {
-        unsigned char ch = (unsigned char)*s;
-        if (ch == '"' || ch == '\\')
-            status = ep_buf_printf(out, "\\%c", ch);
-        else if (ch < 0x20 || ch == 0x7f)
-            status = ep_buf_printf(out, "\\x%02x", ch);
+    for (size_t len; *s != '\0' && status == EP_OK; s += len) {
+        unsigned code = special(s, &len);
+        if (code != 0)
+            status = ep_buf_printf(out, code < 0x100 ? "\\x%02x" : "\\u%04x", code);
+        else if (*s == '"' || *s == '\\')
+            status = ep_buf_printf(out, "\\%c", *s);
         else
-            status = ep_buf_add(out, s, 1);
+            status = ep_buf_add(out, s, len);
     }
     return status != EP_OK ? status : ep_buf_printf(out, "\"");
 }

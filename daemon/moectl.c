@@ -274,13 +274,10 @@ static void usage(FILE *f)
 
 static void default_address(void)
 {
-    const char *env = getenv("MOED_SOCKET"), *run = getenv("XDG_RUNTIME_DIR");
-    if (env != NULL)
-        snprintf(address, sizeof(address), "unix:%s", env);
-    else if (geteuid() == 0)
-        snprintf(address, sizeof(address), "unix:/run/moed/moed.sock");
-    else
-        snprintf(address, sizeof(address), "unix:%s/moed.sock", run != NULL ? run : "/tmp");
+    char path[PATH_MAX];
+    const char *env = getenv("MOED_SOCKET");
+    config_default_socket(path, sizeof(path));
+    snprintf(address, sizeof(address), "unix:%s", env != NULL ? env : path);
 }
 
 int main(int argc, char **argv)

@@ -1,15 +1,20 @@
 #!/bin/sh
-# build.sh [-v] [CMake options]: configures and builds moed into build/ (see common.sh), RelWithDebInfo,
-# Ninja. Prints a line now and then and the whole log only if it fails; -v prints everything.
+# build.sh [-v] [-p] [CMake options]: configures and builds moed into build/ (see common.sh), RelWithDebInfo,
+# Ninja. Prints a line now and then and the end of the log only if it fails; -v prints everything, -p builds
+# the programs alone, without tests.
 set -eu
 # shellcheck source=deploy/common.sh
 . "$(dirname "$0")/common.sh"
 
-verbose=0
-if [ "${1:-}" = "-v" ]; then
-    verbose=1
+verbose=0 targets=
+while :; do
+    case ${1:-} in
+    -v) verbose=1 ;;
+    -p) targets="--target moed moectl" ;;
+    *) break ;;
+    esac
     shift
-fi
+done
 mkdir -p "$build" || die "cannot make $build"
 log=$build/build.log
 
@@ -18,11 +23,15 @@ fail() {
     die "$1; the whole log is $log"
 }
 
+# $targets holds words.
+# shellcheck disable=SC2086
+make_all() { cmake --build "$build" $targets; }
 configure() { cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo "$@"; }
 
 if [ "$verbose" -eq 1 ]; then
     configure "$@"
-    exec cmake --build "$build"
+    make_all
+    exit
 fi
 
 say "configuring in $build"
@@ -36,7 +45,9 @@ fi
 status=$build/build.status
 rm -f "$status"
 {
-    NINJA_STATUS='[%f/%t] ' cmake --build "$build" 2>&1 && echo 0 >"$status" || echo 1 >"$status"
+    NINJA_STATUS='[%f/%t] '
+    export NINJA_STATUS
+    if make_all 2>&1; then echo 0 >"$status"; else echo 1 >"$status"; fi
 } | {
     shown=0
     while IFS= read -r line; do

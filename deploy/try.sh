@@ -49,7 +49,7 @@ give_up() {
 }
 
 "$root/deploy/deps.sh" build
-"$root/deploy/build.sh"
+"$root/deploy/build.sh" -p
 
 # A socket's path may have 90 characters: a long TMPDIR is left aside.
 tmp=${TMPDIR:-/tmp}

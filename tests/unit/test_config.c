@@ -185,7 +185,8 @@ static void test_difference(void)
 static void test_print(void)
 {
     config *c =
-        good("model: \"a \\\"b\\\" \\\\ \\t \\u00e9 #: {}\"\nfront: {socket: /tmp/x.sock}\n"
+        good("model: \"a \\\"b\\\" \\\\ \\t \\u00e9\\x8f\\x85\\u2028\\ufeff\\U0001f600 #: "
+             "{}\"\nfront: {socket: /tmp/x.sock}\n"
              "routers: [{name: \"r: 'x'\"}]\nshards: [{experts: \"0-3,8\"}, {experts: \"\"}]\n"
              "launch: {options: \"--mca a b\"}\n");
     if (c == NULL) return;
