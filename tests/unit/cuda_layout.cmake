@@ -1,0 +1,1 @@
+moed_test(test_cuda_layout LABEL unit TIMEOUT 60 SOURCES unit/test_cuda_layout.c LIBS moed_kernels moed_base m)
