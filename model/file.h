@@ -80,6 +80,9 @@ bool gguf_int_at(const gguf_key *k, uint64_t i, bool *negative, uint64_t *magnit
 bool gguf_float_at(const gguf_key *k, uint64_t i, double *out);
 bool gguf_string_at(const gguf_key *k, uint64_t i, const char **s, size_t *n);
 
+/* Appends text in quotes as JSON wants it, any bytes; `most` of them, then "...". */
+ep_status model_print_text(ep_buf *out, const char *text, size_t n, size_t most);
+
 size_t model_file_n_parts(const model_file *f);
 const gguf_part *model_file_part(const model_file *f, size_t i); /* part 0 has the keys */
 const char *model_file_path(const model_file *f);

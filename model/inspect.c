@@ -4,6 +4,7 @@
  * file is printed escaped: it may hold anything.
  */
 #include "model/file.h"
+#include "model/safetensors.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -33,27 +34,33 @@ static size_t character(const uint8_t *s, size_t n)
     return need;
 }
 
-/* Text in quotes as JSON wants it; `most` bytes of it, then "...". */
-static void print_text(printer *p, const char *text, size_t n, size_t most)
+ep_status model_print_text(ep_buf *out, const char *text, size_t n, size_t most)
 {
+    printer p = {.out = out};
     const uint8_t *s = (const uint8_t *)text;
     size_t end = n < most ? n : most;
-    PRINT(p, "\"");
-    for (size_t i = 0; i < end && p->status == EP_OK;) {
+    PRINT(&p, "\"");
+    for (size_t i = 0; i < end && p.status == EP_OK;) {
         size_t len = character(s + i, n - i);
         if (len == 0) {
-            PRINT(p, "\\ufffd");
+            PRINT(&p, "\\ufffd");
             len = 1;
         } else if (s[i] == '"' || s[i] == '\\') {
-            PRINT(p, "\\%c", s[i]);
+            PRINT(&p, "\\%c", s[i]);
         } else if (s[i] < 0x20 || s[i] == 0x7f) {
-            PRINT(p, "\\u%04x", s[i]);
+            PRINT(&p, "\\u%04x", s[i]);
         } else {
-            p->status = ep_buf_add(p->out, s + i, len);
+            p.status = ep_buf_add(p.out, s + i, len);
         }
         i += len;
     }
-    PRINT(p, end < n ? "...\"" : "\"");
+    PRINT(&p, end < n ? "...\"" : "\"");
+    return p.status;
+}
+
+static void print_text(printer *p, const char *text, size_t n, size_t most)
+{
+    if (p->status == EP_OK) p->status = model_print_text(p->out, text, n, most);
 }
 
 static void print_item(printer *p, const gguf_key *k, uint64_t i)
@@ -185,6 +192,7 @@ ep_status model_inspect(const char *path, bool json, ep_buf *out, ep_err *err)
     printer p = {.out = out};
     model_file *f;
     ep_err why;
+    if (model_safetensors_is(path)) return model_safetensors_inspect(path, json, out, err);
     ep_status status = model_file_open(&f, path, err);
     if (status != EP_OK) return status;
     status = verdict(path, &why);

@@ -1,0 +1,3 @@
+if(TARGET moed_model)
+  moed_fuzz(safetensors LIBS moed_model)
+endif()
