@@ -24,6 +24,7 @@ static void client_close(client *c)
     else
         u->clients = c->next;
     if (c->next != NULL) c->next->prev = c->prev;
+    u->n_clients--;
     bufferevent_free(c->bev);
     ep_free(c);
     up_advance(u);
@@ -32,6 +33,7 @@ static void client_close(client *c)
 void clients_send(client *c, const Moed__Envelope *e)
 {
     ep_buf frame = {0};
+    if (c->cut_off) return;
     if (proto_frame_add(&frame, e, NULL, 0) != EP_OK ||
         bufferevent_write(c->bev, frame.data, frame.len) != 0)
         log_error("no memory for a message to a client");
@@ -40,7 +42,8 @@ void clients_send(client *c, const Moed__Envelope *e)
         /* Closing here would pull the ground from under the caller: shut down, and the loop closes.
          */
         log_warn("a client does not read its answers: closed");
-        bufferevent_disable(c->bev, EV_WRITE);
+        c->cut_off = true;
+        bufferevent_disable(c->bev, EV_READ | EV_WRITE);
         bufferevent_trigger_event(c->bev, BEV_EVENT_ERROR, BEV_TRIG_DEFER_CALLBACKS);
     }
 }
@@ -171,7 +174,10 @@ static void send_tokens(client *c, const Moed__Tokenize *q)
     t.ids = ids;
     e.body_case = MOED__ENVELOPE__BODY_TOKENS;
     e.tokens = &t;
-    clients_send(c, &e);
+    if (proto_frame_size(&e, 0) > PROTO_MAX_ENVELOPE)
+        clients_send_failed(c, 0, EP_ERR_TOO_LARGE, "the text has too many tokens for one answer");
+    else
+        clients_send(c, &e);
     ep_free(ids);
 }
 
@@ -248,6 +254,7 @@ static void on_read(struct bufferevent *bev, void *arg)
     while ((status = listen_frame(bev, &f)) == EP_OK) {
         on_frame(c, f.envelope);
         proto_frame_free(&f);
+        if (c->cut_off) return;
     }
     if (status != EP_AGAIN) {
         log_warn("a client sent something that is no frame: closed");
@@ -269,6 +276,11 @@ static void on_accept(struct evconnlistener *l, evutil_socket_t fd, struct socka
     (void)l;
     (void)a;
     (void)len;
+    if (u->n_clients >= u->max_clients) {
+        listen_say_full(u, "too many clients");
+        evutil_closesocket(fd);
+        return;
+    }
     client *c = ep_calloc(1, sizeof(*c));
     struct bufferevent *bev =
         c != NULL ? bufferevent_socket_new(u->base, fd, BEV_OPT_CLOSE_ON_FREE) : NULL;
@@ -280,6 +292,7 @@ static void on_accept(struct evconnlistener *l, evutil_socket_t fd, struct socka
     *c = (client){.u = u, .bev = bev, .next = u->clients};
     if (c->next != NULL) c->next->prev = c;
     u->clients = c;
+    u->n_clients++;
     bufferevent_setcb(bev, on_read, NULL, on_end, c);
     bufferevent_setwatermark(bev, EV_READ, 0, PROTO_MAX_ENVELOPE + PROTO_FRAME_BYTES);
     bufferevent_enable(bev, EV_READ | EV_WRITE);

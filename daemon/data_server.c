@@ -5,6 +5,7 @@
  * reply with the connection's thread and wakes it.
  */
 #include "daemon/data_server.h"
+#include "daemon/dial.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -172,8 +173,9 @@ static ep_status listen_unix(data_server *s, const char *path, ep_err *err)
     if (strlen(path) >= sizeof(a.sun_path))
         return ep_fail(err, EP_ERR_INVALID, "%s: path too long for a socket", path);
     memcpy(a.sun_path, path, strlen(path));
+    ep_status status = dial_remove_stale(path, err);
+    if (status != EP_OK) return status;
     snprintf(s->path, sizeof(s->path), "%s", path);
-    unlink(path); /* of an earlier launch */
     s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (s->fd < 0 || bind(s->fd, (struct sockaddr *)&a, sizeof(a)) != 0 || chmod(path, 0600) != 0)
         return ep_fail(err, EP_ERR_IO, "%s: %s", path, strerror(errno));

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -57,6 +58,17 @@ static int dial_tcp(const char *host_port, ep_err *err)
     freeaddrinfo(list);
     if (fd >= 0) setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
     return fd;
+}
+
+ep_status dial_remove_stale(const char *path, ep_err *err)
+{
+    struct stat st;
+    if (lstat(path, &st) != 0) return EP_OK;
+    if (!S_ISSOCK(st.st_mode))
+        return ep_fail(err, EP_ERR_INVALID, "%s: exists and is no socket", path);
+    if (unlink(path) != 0 && errno != ENOENT)
+        return ep_fail(err, EP_ERR_IO, "%s: cannot be removed: %s", path, strerror(errno));
+    return EP_OK;
 }
 
 int dial_open(const char *address, ep_err *err)

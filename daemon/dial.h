@@ -6,4 +6,7 @@
  * with err set (may be NULL). Any thread. */
 int dial_open(const char *address, ep_err *err);
 
+/* Makes room for a new socket: removes one that lies at `path`, refuses to touch anything else. */
+ep_status dial_remove_stale(const char *path, ep_err *err);
+
 #endif

@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -153,7 +154,8 @@ static void remove_tree(const char *path)
     nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
 }
 
-/* Folders of daemons that were killed: the name carries the process id. */
+/* Folders of daemons that were killed: the name carries the process id. Only one's own: anybody may
+ * make a folder there, and removing a stranger's could be led elsewhere. */
 static void sweep_stale(void)
 {
     DIR *dir = opendir("/dev/shm");
@@ -164,8 +166,10 @@ static void sweep_stale(void)
         if (sscanf(e->d_name, "moed.%ld.", &pid) != 1 || pid <= 0 || kill((pid_t)pid, 0) == 0 ||
             errno != ESRCH)
             continue;
+        struct stat st;
         snprintf(path, sizeof(path), "/dev/shm/%s", e->d_name);
-        remove_tree(path);
+        if (lstat(path, &st) == 0 && S_ISDIR(st.st_mode) && st.st_uid == geteuid())
+            remove_tree(path);
     }
     closedir(dir);
 }

@@ -17,7 +17,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-enum { BACKLOG = 4096 };
+enum { BACKLOG = 4096, FULL_SAY_MS = 5000 };
 
 typedef void (*listen_cb)(struct evconnlistener *, int, struct sockaddr *, int, void *);
 
@@ -43,7 +43,8 @@ static ep_status open_unix(up *u, const char *path, struct evconnlistener **out,
         close(other);
         return ep_fail(err, EP_ERR_BUSY, "%s: another daemon serves this socket", path);
     }
-    unlink(path);
+    ep_status status = dial_remove_stale(path, err);
+    if (status != EP_OK) return status;
     mode_t mask = umask(077); /* the socket is the owner's */
     *out = evconnlistener_new_bind(u->base, cb, u, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC,
                                    BACKLOG, (struct sockaddr *)&a, sizeof(a));
@@ -70,11 +71,29 @@ static ep_status open_tcp(up *u, const char *host_port, struct evconnlistener **
     return *out != NULL ? EP_OK : ep_fail(err, EP_ERR_IO, "%s: %s", host_port, strerror(saved));
 }
 
+void listen_say_full(up *u, const char *why)
+{
+    ep_time now = ep_now();
+    if (!ep_time_is_past(ep_time_after_ms(u->full_said, FULL_SAY_MS), now)) return;
+    u->full_said = now;
+    log_warn("connections are refused: %s", why);
+}
+
+/* Most likely no descriptor is free. The connection stays in the backlog and would be reported
+ * again at once; the daemon's tick looks again. */
+static void on_accept_error(struct evconnlistener *l, void *arg)
+{
+    listen_say_full(arg, strerror(errno));
+    evconnlistener_disable(l);
+}
+
 ep_status listen_open(up *u, const char *address, struct evconnlistener **out, listen_cb cb,
                       ep_err *err)
 {
-    if (strncmp(address, "unix:", 5) == 0) return open_unix(u, address + 5, out, cb, err);
-    return open_tcp(u, address + 4, out, cb, err);
+    ep_status status = strncmp(address, "unix:", 5) == 0 ? open_unix(u, address + 5, out, cb, err)
+                                                         : open_tcp(u, address + 4, out, cb, err);
+    if (status == EP_OK) evconnlistener_set_error_cb(*out, on_accept_error);
+    return status;
 }
 
 ep_status listen_frame(struct bufferevent *bev, proto_frame *out)

@@ -308,7 +308,10 @@ int main(int argc, char **argv)
         snprintf(name, sizeof(name), "moectl %s", verbs[i].name);
         argv[1] = name;
         argp_parse(&verbs[i].argp, argc - 1, argv + 1, 0, NULL, &o);
-        return verbs[i].run(&o);
+        int rc = verbs[i].run(&o);
+        if (fflush(stdout) == 0 && !ferror(stdout)) return rc;
+        fprintf(stderr, "moectl: standard output cannot be written: %s\n", strerror(errno));
+        return rc != 0 ? rc : 1;
     }
     fprintf(stderr, "moectl: unknown command '%s'\n\n", argv[1]);
     usage(stderr);

@@ -326,14 +326,19 @@ static void take_deferred(role *me)
     me->n_deferred = 0;
 }
 
-static void take_items(role *me)
+/* Until the queue is empty, or one Forward was served, so that tensor clients do not starve
+ * generation. True if items may be left. */
+static bool take_items(role *me)
 {
     void *got;
     take_deferred(me);
     while (ep_queue_pop(me->r->in, &got) == EP_OK) {
+        bool forward = ((rank_item *)got)->answer != NULL;
         take_item(me, got);
         take_deferred(me);
+        if (forward) return true;
     }
+    return false;
 }
 
 /* ---- the loop ---- */
@@ -342,10 +347,11 @@ static ep_status serve(role *me)
 {
     rank *r = me->r;
     for (;;) {
-        take_items(me);
+        bool more = take_items(me);
         ep_status status = router_step(me->ro);
         if (status == EP_OK) continue;
         if (status != EP_AGAIN) return status;
+        if (more) continue;
         if (me->draining && router_load(me->ro) == 0) return EP_OK;
         /* Nothing to compute: replies of slices nobody waits for are dropped here, or they would
          * pile up. */
@@ -406,7 +412,7 @@ static ep_status open_engine(role *me, ep_pool *pool, const int32_t *end_ids, in
     opt.max_tokens_per_step = c->limits.max_tokens_per_step;
     opt.prefill_chunk = c->limits.prefill_chunk;
     opt.max_sequences = c->limits.max_sequences;
-    opt.max_waiting = c->limits.max_queue;
+    opt.max_waiting = 2 * c->limits.max_sequences + c->limits.max_queue; /* the daemon gives less */
     opt.per_layer_ms = c->limits.per_layer_ms;
     opt.layer_tries = c->limits.layer_tries;
     opt.top_k = c->limits.top_k;

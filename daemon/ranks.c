@@ -15,7 +15,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
-enum { SILENT_MS = 15000 };
+enum { SILENT_MS = 15000, HELLO_S = 10 };
 
 static void set_text(char **to, const char *from)
 {
@@ -248,7 +248,7 @@ static void refuse(up *u, struct bufferevent *bev, const char *text)
     }
     ep_buf_fini(&frame);
     bufferevent_free(bev);
-    u->relaunch_held = true; /* it would be refused again */
+    if (u->state != UP_READY) u->relaunch_held = true; /* it would be refused again */
 }
 
 /* NULL if the rank may join, else why not. */
@@ -295,6 +295,7 @@ static void on_hello(struct bufferevent *bev, void *arg)
         return;
     }
     rank_link *r = &u->ranks[h->rank];
+    bufferevent_set_timeouts(bev, NULL, NULL); /* from here on ranks_tick watches */
     r->bev = bev;
     r->state = RANK_LOADING;
     r->pid = h->pid;
@@ -332,6 +333,8 @@ static void on_accept(struct evconnlistener *l, evutil_socket_t fd, struct socka
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1},
                sizeof(int)); /* fails on a Unix socket: no harm */
+    const struct timeval patience = {.tv_sec = HELLO_S};
+    bufferevent_set_timeouts(bev, &patience, NULL);
     bufferevent_setcb(bev, on_hello, NULL, on_stranger_end, u);
     bufferevent_setwatermark(bev, EV_READ, 0, PROTO_MAX_ENVELOPE + PROTO_FRAME_BYTES);
     bufferevent_enable(bev, EV_READ | EV_WRITE);

@@ -10,7 +10,10 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { GRACE_MS = 2000 }; /* past a deadline, for the router to say so itself */
+enum {
+    GRACE_MS = 2000, /* past a deadline, for the router to say so itself */
+    MAX_LOGPROBS = 20
+};
 
 static void unlink_request(up *u, request *q)
 {
@@ -92,6 +95,12 @@ static ep_status check(const up *u, const request *q, ep_err *err)
             return ep_fail(err, EP_ERR_INVALID,
                            "token %d of the prompt is %d, the vocabulary has %d", (int)i, q->ids[i],
                            u->m->shape.vocab);
+    if (q->n_logprobs > MAX_LOGPROBS)
+        return ep_fail(err, EP_ERR_INVALID, "%u log probabilities per token: at most %d",
+                       q->n_logprobs, MAX_LOGPROBS);
+    if (q->score_from > q->n_prompt)
+        return ep_fail(err, EP_ERR_INVALID, "scores from position %u on, the prompt has %zu tokens",
+                       q->score_from, q->n_prompt);
     if (kv_need(q) > u->m->shape.context)
         return ep_fail(err, EP_ERR_TOO_LARGE,
                        "%zu prompt tokens and %u to generate exceed the context of %d", q->n_prompt,
@@ -126,7 +135,11 @@ void requests_accept(up *u, client *c, const Moed__Generate *g)
     if (g->deadline_ms > 0 && g->deadline_ms < deadline_ms) deadline_ms = g->deadline_ms;
     moed__sampling__init(&q->sampling);
     q->sampling.top_p = q->sampling.repetition_penalty = 1.0f;
-    if (g->sampling != NULL) q->sampling = *g->sampling;
+    if (g->sampling != NULL) {
+        const ProtobufCMessage own = q->sampling.base;
+        q->sampling = *g->sampling;
+        q->sampling.base = own; /* fields this version does not know stay with the frame */
+    }
     q->id = ++u->next_request;
     q->client_id = number;
     q->from = c;
@@ -164,6 +177,8 @@ static int choose_router(const up *u, const request *q)
         int64_t room = (int64_t)u->ranks[i].kv_tokens - u->ranks[i].kv_used;
         /* An idle router takes anything that fits its cache: rounding to pages is its business. */
         bool fits = room >= kv_need(q) || u->ranks[i].running == 0;
+        /* A batch and the next one: more would wait there instead of here. */
+        fits = fits && u->ranks[i].running < 2 * u->cfg->limits.max_sequences;
         if (u->ranks[i].state == RANK_READY && fits && room > best_free) best = i, best_free = room;
     }
     return best;

@@ -17,9 +17,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
-enum { TICK_MS = 200, DRAIN_RANKS_MS = 10000 };
+enum { TICK_MS = 200, DRAIN_RANKS_MS = 10000, OTHER_FILES = 64, LEAST_CLIENTS = 16 };
 
 const char *up_state_name(const up *u)
 {
@@ -115,11 +116,13 @@ static void advance_drain(up *u)
 
 void up_advance(up *u)
 {
+    if (u->exit_status >= 0) return; /* the end has begun */
     switch (u->state) {
     case UP_LOADING:
         if (!ranks_all(u, RANK_READY)) return;
         u->state = UP_READY;
         u->failed_launches = 0;
+        u->relaunch_held = false;
         announce_ready(u);
         requests_assign(u);
         break;
@@ -160,7 +163,9 @@ static void on_stop_signal(evutil_socket_t sig, short what, void *arg)
         leave(u, 1);
         return;
     }
-    up_begin_drain(u, sig == SIGINT ? "interrupt" : "termination signal");
+    up_begin_drain(u, sig == SIGINT   ? "interrupt"
+                      : sig == SIGHUP ? "the terminal is gone"
+                                      : "termination signal");
 }
 
 static void on_child(evutil_socket_t sig, short what, void *arg)
@@ -179,6 +184,10 @@ static void on_tick(evutil_socket_t fd, short what, void *arg)
     requests_tick(u, now);
     ranks_tick(u, now);
     job_tick(u, now);
+    requests_assign(u); /* what ended by time made room, or was the last */
+    up_advance(u);
+    evconnlistener_enable(u->client_listener); /* off after a failed accept */
+    evconnlistener_enable(u->rank_listener);
     if (u->state == UP_LOADING) show_progress(u);
     if (u->n_stats_wanted > 0 && ep_time_is_past(u->stats_deadline, now)) clients_stats_ready(u);
     if (u->state == UP_DRAINING && ep_time_is_past(u->drain_deadline, now)) {
@@ -210,6 +219,26 @@ static ep_status open_model(up *u, ep_err *err)
     return status;
 }
 
+/* A terminal that closes is a wish to stop, unless whoever started the daemon said no (nohup). */
+static ep_status watch_hangup(up *u, ep_err *err)
+{
+    struct sigaction old;
+    if (sigaction(SIGHUP, NULL, &old) != 0 || old.sa_handler == SIG_IGN) return EP_OK;
+    u->on_hangup = evsignal_new(u->base, SIGHUP, on_stop_signal, u);
+    if (u->on_hangup == NULL || event_add(u->on_hangup, NULL) != 0)
+        return ep_fail(err, EP_ERR_NOMEM, "cannot start the event loop");
+    return EP_OK;
+}
+
+/* Clients may take the descriptors that ranks and the daemon itself do not need. */
+static int client_limit(const up *u)
+{
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) != 0 || files.rlim_cur > INT_MAX) return INT_MAX;
+    int left = (int)files.rlim_cur - u->n_ranks - OTHER_FILES;
+    return left > LEAST_CLIENTS ? left : LEAST_CLIENTS;
+}
+
 static ep_status open_all(up *u, ep_err *err)
 {
     ep_buf lines = {0};
@@ -236,7 +265,9 @@ static ep_status open_all(up *u, ep_err *err)
         event_add(u->on_int, NULL) != 0 || event_add(u->on_term, NULL) != 0 ||
         event_add(u->on_child, NULL) != 0 || event_add(u->tick, &period) != 0)
         return ep_fail(err, EP_ERR_NOMEM, "cannot start the event loop");
-    status = clients_listen(u, err);
+    u->max_clients = client_limit(u);
+    status = watch_hangup(u, err);
+    if (status == EP_OK) status = clients_listen(u, err);
     if (status == EP_OK) status = ranks_listen(u, err);
     if (status == EP_OK) status = job_launch(u, err);
     return status;
@@ -263,8 +294,8 @@ static void close_all(up *u)
         evconnlistener_free(u->rank_listener);
         unlink_address(u->cfg->front.control);
     }
-    struct event *events[] = {u->on_int, u->on_term, u->on_child, u->tick};
-    for (size_t i = 0; i < 4; i++)
+    struct event *events[] = {u->on_int, u->on_term, u->on_hangup, u->on_child, u->tick};
+    for (size_t i = 0; i < sizeof(events) / sizeof(events[0]); i++)
         if (events[i] != NULL) event_free(events[i]);
     if (u->base != NULL) event_base_free(u->base);
     model_placement_fini(&u->placement);

@@ -44,6 +44,7 @@ typedef struct client {
     struct client *next, *prev;
     uint64_t n_requests;  /* so far; a request's number on its connection */
     bool wants_drained;   /* asked for a drain */
+    bool cut_off;         /* did not read: nothing goes to it any more, the loop closes it */
     uint64_t stats_round; /* waits for statistics of this round, 0: does not */
 } client;
 
@@ -75,7 +76,7 @@ struct up {
     char *config_lines;
     uint64_t config_digest;
     struct event_base *base;
-    struct event *on_int, *on_term, *on_child, *tick;
+    struct event *on_int, *on_term, *on_hangup, *on_child, *tick;
     struct evconnlistener *client_listener, *rank_listener;
     up_state state;
     ep_time started;
@@ -97,6 +98,8 @@ struct up {
     int n_ranks;
 
     client *clients;
+    int n_clients, max_clients;
+    ep_time full_said;                     /* when the log last said that connections are refused */
     request *waiting_first, *waiting_last; /* in order of arrival */
     request *running;
     int n_waiting, n_running;
@@ -168,6 +171,8 @@ void requests_tick(up *u, ep_time now);
 ep_status listen_open(up *u, const char *address, struct evconnlistener **out,
                       void (*cb)(struct evconnlistener *, int, struct sockaddr *, int, void *),
                       ep_err *err);
+/* Says, at most every few seconds, that a connection could not be taken. */
+void listen_say_full(up *u, const char *why);
 /* The next frame of a connection: EP_AGAIN, EP_OK or EP_ERR_PROTO. The frame owns its envelope. */
 ep_status listen_frame(struct bufferevent *bev, proto_frame *out);
 

@@ -37,6 +37,7 @@ struct uplink {
     ep_buf filling, writing; /* filling: under the lock */
     size_t written;          /* of writing */
     ep_buf received;
+    rank_item *pending; /* the queue has no room for it: nothing is read meanwhile */
     atomic_bool stop;
 };
 
@@ -56,9 +57,12 @@ static void leave(const char *why)
     _exit(0);
 }
 
+/* Never waits for the engine: it may be waiting for this thread to write. */
 static void deliver(uplink *u)
 {
     for (;;) {
+        if (u->pending != NULL && ep_queue_push(u->in, u->pending) != EP_OK) return;
+        u->pending = NULL;
         proto_frame f;
         size_t need;
         ep_status status =
@@ -74,8 +78,7 @@ static void deliver(uplink *u)
         rank_item *item = ep_calloc(1, sizeof(*item));
         if (item == NULL) leave("out of memory");
         item->frame = f; /* no payload on this connection: nothing borrowed */
-        while (ep_queue_push(u->in, item) == EP_ERR_BUSY)
-            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        u->pending = item;
     }
 }
 
@@ -144,16 +147,21 @@ static void *thread_main(void *arg)
         bool stopping = atomic_load(&u->stop);
         bool more = transmit(u);
         if (stopping && !more) return NULL;
-        struct pollfd p[2] = {{.fd = u->fd, .events = (short)(POLLIN | (more ? POLLOUT : 0))},
+        bool full = u->pending != NULL;
+        struct pollfd p[2] = {{.fd = full && !more ? -1 : u->fd,
+                               .events = (short)((full ? 0 : POLLIN) | (more ? POLLOUT : 0))},
                               {.fd = u->wake_fd, .events = POLLIN}};
-        int64_t left = ep_time_diff_ns(next_beat, ep_now()) / 1000000 + 1;
+        int64_t left = full ? 1 : ep_time_diff_ns(next_beat, ep_now()) / 1000000 + 1;
         poll(p, 2, left < 0 ? 0 : (int)left);
         if (p[1].revents & POLLIN) {
             uint64_t count;
             ssize_t n = read(u->wake_fd, &count, sizeof(count));
             (void)n;
         }
-        if (p[0].revents & (POLLIN | POLLHUP | POLLERR)) receive(u);
+        if (full)
+            deliver(u);
+        else if (p[0].revents & (POLLIN | POLLHUP | POLLERR))
+            receive(u);
         if (ep_time_is_past(next_beat, ep_now())) {
             beat(u);
             next_beat = ep_time_after_ms(ep_now(), BEAT_MS);
@@ -227,6 +235,7 @@ void uplink_close(uplink *u)
     ep_buf_fini(&u->filling);
     ep_buf_fini(&u->writing);
     ep_buf_fini(&u->received);
+    if (u->pending != NULL) rank_item_free(u->pending);
     pthread_mutex_destroy(&u->lock);
     pthread_cond_destroy(&u->room);
     ep_free(u);
