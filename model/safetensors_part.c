@@ -245,11 +245,11 @@ static ep_status check_places(st_part *p, ep_err *err)
 
 ep_status st_part_parse(st_part *p, ep_err *err)
 {
-    ep_cursor c = ep_cursor_make(p->map, p->size);
-    uint64_t n = ep_get_u64(&c);
-    if (c.bad)
+    if (p->size < 8)
         return ep_fail(err, EP_ERR_INVALID, "%s: not a safetensors file (%zu bytes)", p->path,
                        p->size);
+    ep_cursor c = ep_cursor_make(p->map, p->size);
+    uint64_t n = ep_get_u64(&c);
     if (n > ST_MAX_HEADER)
         return ep_fail(err, EP_ERR_TOO_LARGE,
                        "%s: a header of %" PRIu64 " bytes is more than the limit of %zu: not a "

@@ -20,7 +20,8 @@ static st_bytes take(ep_cursor *c, const char *name, bool last)
 {
     size_t left = ep_cursor_left(c), n = last ? left : ep_get_u16(c);
     if (n > ep_cursor_left(c)) n = ep_cursor_left(c);
-    return (st_bytes){name, ep_get_bytes(c, n), n};
+    const uint8_t *p = ep_get_bytes(c, n);
+    return p != NULL ? (st_bytes){name, p, n} : (st_bytes){name, NULL, 0};
 }
 
 /* Where bytes go that are read only to see that they can be. */
