@@ -54,11 +54,6 @@ static bool is_folder(const char *path)
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
-bool model_safetensors_is(const char *path)
-{
-    return ends_with(path, FILE_END) || ends_with(path, INDEX_END) || is_folder(path);
-}
-
 typedef struct found {
     char index[MAX_FILE_NAME + 1], file[MAX_FILE_NAME + 1];
     size_t n_indexes, n_files;
@@ -80,6 +75,13 @@ static ep_status list_folder(const char *path, found *f, ep_err *err)
     }
     closedir(d);
     return EP_OK;
+}
+
+bool model_safetensors_is(const char *path)
+{
+    found f = {.n_files = 0};
+    if (ends_with(path, FILE_END) || ends_with(path, INDEX_END)) return true;
+    return is_folder(path) && list_folder(path, &f, NULL) == EP_OK && f.n_files + f.n_indexes > 0;
 }
 
 /* The one file or index that a folder means. A choice between several is left to the user. */

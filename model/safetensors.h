@@ -80,7 +80,8 @@ char *st_shape_text(char *buf, size_t n, const st_tensor *t);
 #define MODEL_NO_SAFETENSORS                                                                       \
     "safetensors checkpoints can be inspected and their GPTQ experts read, serving them is not "   \
     "implemented"
-/* Whether a path is for this reader: a folder, *.safetensors or *.safetensors.index.json. */
+/* Whether a path is for this reader: *.safetensors, *.safetensors.index.json, or a folder
+ * that holds one. */
 bool model_safetensors_is(const char *path);
 /* model_inspect of such a path. */
 ep_status model_safetensors_inspect(const char *path, bool json, ep_buf *out, ep_err *err);
