@@ -131,6 +131,8 @@ static int follow(ctl *c, const ctl_options *o, answer *a)
         int rc = -1;
         if (e->body_case == MOED__ENVELOPE__BODY_TOKEN) {
             take_token(a, e->token);
+            if (ferror(stdout))
+                rc = 1; /* nobody reads: main says so, the daemon ends the request */
         } else if (e->body_case == MOED__ENVELOPE__BODY_DONE) {
             take_text(a, &e->done->text);
             if (o->json)

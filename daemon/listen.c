@@ -8,10 +8,12 @@
 #include <event2/buffer.h>
 #include <event2/bufferevent.h>
 #include <event2/listener.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -21,6 +23,35 @@ enum { BACKLOG = 4096, FULL_SAY_MS = 5000 };
 
 typedef void (*listen_cb)(struct evconnlistener *, int, struct sockaddr *, int, void *);
 
+/* Between looking for another daemon and listening nobody else may do the same in this folder. The
+ * lock leaves no file; whoever holds it for long is no daemon, and is not waited for. */
+static int lock_folder(const char *folder)
+{
+    int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    for (int i = 0; fd >= 0 && i < 200 && flock(fd, LOCK_EX | LOCK_NB) != 0; i++)
+        usleep(10000);
+    return fd;
+}
+
+static ep_status listen_unix(up *u, const struct sockaddr_un *a, struct evconnlistener **out,
+                             listen_cb cb, ep_err *err)
+{
+    char address[sizeof(a->sun_path) + 8];
+    snprintf(address, sizeof(address), "unix:%s", a->sun_path);
+    int other = dial_open(address, NULL);
+    if (other >= 0) {
+        close(other);
+        return ep_fail(err, EP_ERR_BUSY, "%s: another daemon serves this socket", a->sun_path);
+    }
+    ep_status status = dial_remove_stale(a->sun_path, err);
+    if (status != EP_OK) return status;
+    mode_t mask = umask(077); /* the socket is the owner's */
+    *out = evconnlistener_new_bind(u->base, cb, u, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC,
+                                   BACKLOG, (const struct sockaddr *)a, sizeof(*a));
+    umask(mask);
+    return *out != NULL ? EP_OK : ep_fail(err, EP_ERR_IO, "%s: %s", a->sun_path, strerror(errno));
+}
+
 static ep_status open_unix(up *u, const char *path, struct evconnlistener **out, listen_cb cb,
                            ep_err *err)
 {
@@ -28,7 +59,7 @@ static ep_status open_unix(up *u, const char *path, struct evconnlistener **out,
     if (strlen(path) >= sizeof(a.sun_path))
         return ep_fail(err, EP_ERR_INVALID, "%s: path too long for a socket", path);
     memcpy(a.sun_path, path, strlen(path));
-    char folder[sizeof(a.sun_path)], address[sizeof(a.sun_path) + 8];
+    char folder[sizeof(a.sun_path)];
     snprintf(folder, sizeof(folder), "%s", path);
     char *slash = strrchr(folder, '/');
     if (slash != NULL && slash != folder) {
@@ -37,19 +68,10 @@ static ep_status open_unix(up *u, const char *path, struct evconnlistener **out,
             return ep_fail(err, EP_ERR_IO, "%s: cannot make the folder: %s", folder,
                            strerror(errno));
     }
-    snprintf(address, sizeof(address), "unix:%s", path);
-    int other = dial_open(address, NULL);
-    if (other >= 0) {
-        close(other);
-        return ep_fail(err, EP_ERR_BUSY, "%s: another daemon serves this socket", path);
-    }
-    ep_status status = dial_remove_stale(path, err);
-    if (status != EP_OK) return status;
-    mode_t mask = umask(077); /* the socket is the owner's */
-    *out = evconnlistener_new_bind(u->base, cb, u, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC,
-                                   BACKLOG, (struct sockaddr *)&a, sizeof(a));
-    umask(mask);
-    return *out != NULL ? EP_OK : ep_fail(err, EP_ERR_IO, "%s: %s", path, strerror(errno));
+    int lock = lock_folder(slash == NULL ? "." : slash == folder ? "/" : folder);
+    ep_status status = listen_unix(u, &a, out, cb, err);
+    if (lock >= 0) close(lock);
+    return status;
 }
 
 static ep_status open_tcp(up *u, const char *host_port, struct evconnlistener **out, listen_cb cb,

@@ -255,6 +255,22 @@ def test_not_a_socket():
         check("is no socket" in d.log(), "it does not say why")
 
 
+def test_two_at_once():
+    """Of two daemons started in one moment one serves, and the other does not take its socket away."""
+    for _ in range(3):
+        with Daemon() as d, Daemon(folder=d.folder) as other:
+            other.log_path += "2"
+            d.start(ready=False)
+            other.start(ready=False)
+            loser = wait_for("one to give up", 20, lambda: next((x for x in (d, other) if x.process.poll() is not None), None))
+            winner = other if loser is d else d
+            check("another daemon serves this socket" in loser.log(), f"the loser says {loser.log()}")
+            winner.wait_ready()
+            check(d.ctl(*GOOD).returncode == 0, "no answer from the one that serves")
+            winner.process.send_signal(signal.SIGTERM)
+            check(winner.process.wait(timeout=40) == 0, "its exit status")
+
+
 def test_hangup():
     """The terminal goes away: the same as SIGTERM."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as a terminal has it, also where this test runs under nohup
@@ -268,4 +284,4 @@ def test_hangup():
 
 if __name__ == "__main__":
     main([test_numbers, test_unknown_fields, test_never_reads, test_connections, test_many_small, test_not_a_socket,
-          test_hangup])
+          test_two_at_once, test_hangup])
