@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
+#include <sys/statvfs.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -177,6 +178,14 @@ static void sweep_stale(void)
 static ep_status make_run_dir(up *u, ep_err *err)
 {
     sweep_stale();
+    /* Open MPI takes 4 MiB a rank there and dies of a bus error where they are missing. */
+    struct statvfs space;
+    unsigned long long need = (unsigned long long)u->n_ranks * 5 << 20;
+    if (config_is_local(u->cfg) && statvfs("/dev/shm", &space) == 0 &&
+        (unsigned long long)space.f_bavail * space.f_frsize < need)
+        return ep_fail(err, EP_ERR_IO, "/dev/shm has %llu MiB free, %d ranks need %llu",
+                       (unsigned long long)space.f_bavail * space.f_frsize >> 20, u->n_ranks,
+                       need >> 20);
     char name[64];
     snprintf(name, sizeof(name), RUN_DIR_PREFIX "%ld.XXXXXX", (long)getpid());
     if (mkdtemp(name) == NULL) return ep_fail(err, EP_ERR_IO, "%s: %s", name, strerror(errno));

@@ -3,6 +3,9 @@ digit by digit, on every shape of cluster, in every batch, with every chunk of p
 shard that serve them one by one.
 """
 import json
+import os
+import struct
+import tempfile
 
 from daemon import DEMO, MICRO, Daemon, check, golden, main, stopped
 
@@ -101,12 +104,86 @@ def test_micro():
     run_cluster(wanted, reference, "1 router, 2 shards", shards=2)
     run_cluster(wanted, reference, "1 router, 3 shards", shards=3)
     run_cluster(wanted, reference, "1 router, 5 shards", shards=5)
-    run_cluster(wanted, reference, "2 routers, 3 shards", batches=(1, 16), routers=2, shards=3)
+    run_cluster(wanted, reference, "2 routers, 3 shards", routers=2, shards=3)
     run_cluster(wanted, reference, "uneven", batches=(1, 16), experts=["0", "1-8", "9"], threads=2)
     run_cluster(wanted, reference, "interleaved", batches=(1, 16), experts=["1,3,5,7,9", "8,6,4,2,0"])
     run_cluster(wanted, reference, "a shard without experts", batches=(1, 16), experts=["0-9", ""])
     for chunk in (1, 7, 64):
         run_cluster(wanted, reference, f"prefill chunk {chunk}", prefill_chunk=chunk)
+
+
+def gate_offsets(data):
+    """Places of the ffn_gate_inp weights (F32) in a GGUF: (offset, bytes) each."""
+    at = 8
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+    def number(form):
+        nonlocal at
+        at += struct.calcsize(form)
+        return struct.unpack_from(form, data, at - struct.calcsize(form))[0]
+
+    def text():
+        nonlocal at
+        n = number("<Q")
+        at += n
+        return data[at - n:at]
+
+    def skip(kind):
+        nonlocal at
+        if kind == 8:
+            text()
+        elif kind == 9:
+            inner, n = number("<I"), number("<Q")
+            for _ in range(n):
+                skip(inner)
+        else:
+            at += sizes[kind]
+
+    n_tensors, n_keys = number("<Q"), number("<Q")
+    for _ in range(n_keys):
+        text()
+        skip(number("<I"))
+    gates = []
+    for _ in range(n_tensors):
+        name, n = text(), 1
+        for _ in range(number("<I")):
+            n *= number("<Q")
+        kind, offset = number("<I"), number("<Q")
+        if name.endswith(b"ffn_gate_inp.weight"):
+            check(kind == 0, "the gate is not F32")
+            gates.append((offset, 4 * n))
+    start = (at + 31) // 32 * 32
+    return [(start + offset, n) for offset, n in gates]
+
+
+def test_one_expert():
+    """A gate of zeros makes all experts equal, so the lowest wins: every row of every layer goes to expert 0."""
+    with open(MICRO, "rb") as f:
+        data = bytearray(f.read())
+    places = gate_offsets(data)
+    check(len(places) == golden()["shape"]["layers"], f"{len(places)} gates found")
+    for offset, n in places:
+        data[offset:offset + n] = bytes(n)
+    wanted = requests(120)
+    with tempfile.TemporaryDirectory() as folder:
+        model = os.path.join(folder, "one-expert.gguf")
+        with open(model, "wb") as f:
+            f.write(data)
+        reference = reference_of_skewed(wanted, model)
+        run_cluster(wanted, reference, "all to one expert, 3 shards", model=model, shards=3, top_k=1)
+        run_cluster(wanted, reference, "all to one expert, 2 routers, 3 shards", model=model, routers=2, shards=3,
+                    top_k=1)
+
+
+def reference_of_skewed(wanted, model):
+    with Daemon(model, routers=1, shards=1, top_k=1) as d:
+        d.start()
+        answers = [take(d.begin("generate", *w)) for w in wanted]
+        rows = {(e["layer"], e["expert"]) for r in d.ctl_json("stats")["ranks"] if r["role"] == "shard"
+                for e in r["experts"]}
+        check({e for _, e in rows} == {0}, f"experts in use: {sorted(rows)}")
+        d.stop()
+    return answers
 
 
 def test_demo():
@@ -124,4 +201,4 @@ def test_demo():
 
 
 if __name__ == "__main__":
-    main([test_micro, test_demo])
+    main([test_micro, test_one_expert, test_demo])
