@@ -149,5 +149,13 @@ typedef struct kern_attn_args {
     float scale;
 } kern_attn_args;
 void kern_attn_head(float *out, const kern_attn_args *a, float *scores);
+/* n query heads that share keys and values, q [n, dim], out [n, dim]: the bits of n calls of
+ * kern_attn_head, with keys and values read once for several heads. scores: scratch of
+ * n * kern_attn_scores(n_pos) floats. */
+void kern_attn_heads(float *out, const kern_attn_args *a, int n, float *scores);
+static inline size_t kern_attn_scores(int n_pos)
+{
+    return ((size_t)n_pos + 15) & ~(size_t)15;
+}
 
 #endif

@@ -72,3 +72,14 @@ void kern_attn_head(float *out, const kern_attn_args *a, float *scores)
 {
     kern_vec_now.attn_head(out, a, scores);
 }
+
+void kern_attn_heads(float *out, const kern_attn_args *a, int n, float *scores)
+{
+    if (kern_vec_now.attn_heads != NULL) {
+        kern_vec_now.attn_heads(out, a, n, scores);
+        return;
+    }
+    kern_attn_args one = *a;
+    for (int h = 0; h < n; h++, one.q += a->dim)
+        kern_vec_now.attn_head(out + (size_t)h * (size_t)a->dim, &one, scores);
+}

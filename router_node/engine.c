@@ -107,6 +107,7 @@ static ep_status open_arena(router *r)
     size_t rows = (size_t)r->opt.max_tokens_per_step, hidden = (size_t)s->hidden, f = sizeof(float);
     size_t q_dim = (size_t)s->n_heads * (size_t)s->head_dim, k = (size_t)r->top_k;
     size_t kv_dim = (size_t)s->n_kv_heads * (size_t)s->head_dim, head_rows = (size_t)r->head_rows;
+    size_t group = (size_t)(s->n_heads / s->n_kv_heads);
     const struct {
         void *at;
         size_t bytes;
@@ -128,7 +129,7 @@ static ep_status open_arena(router *r)
         {&r->weights, rows * k * f},
         {&r->act, act_bytes(r)},
         {&r->replies, rows * k * hidden * f},
-        {&r->scores, (size_t)r->n_threads * (size_t)r->page_positions * f},
+        {&r->scores, (size_t)r->n_threads * group * kern_attn_scores(r->page_positions) * f},
         {&r->head_in, head_rows * hidden * f},
         {&r->logits, head_rows * (size_t)s->vocab * f},
         {&r->top, 20 * sizeof(router_logprob)},

@@ -40,7 +40,7 @@ void router_weights_embed(const model *m, int32_t token, float *x);
 #define ROUTER_PAGE_TOKENS 16
 
 /* Pages of ROUTER_PAGE_TOKENS positions, all layers of a position in one page:
- * page[layer][position % 16][k of all heads, v of all heads]. */
+ * page[layer][key head][k, v][position % 16][head_dim]: what a head reads lies together. */
 typedef struct router_kv {
     float *base;
     size_t bytes, page_floats, layer_floats, stride;
@@ -128,7 +128,7 @@ struct router {
     float *weights;          /* [rows, top_k] */
     uint8_t *act;            /* [rows] in the layer's form */
     float *replies;          /* [rows * top_k, hidden] */
-    float *scores;           /* [threads][positions] */
+    float *scores;           /* [threads][heads of a key head][positions] */
     float *head_in, *logits; /* [head_rows, hidden], [head_rows, vocab] */
     router_logprob *top;     /* [20] */
     void *sample_scratch;

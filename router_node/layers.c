@@ -11,6 +11,7 @@
  * unseen.
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -27,6 +28,7 @@ static uint64_t ns_since(ep_time *mark)
 typedef struct row_job {
     router *r;
     int layer;
+    _Atomic int next; /* item of attend_rows */
 } row_job;
 
 /* Rows i, i + n_threads, ... */
@@ -71,6 +73,7 @@ static void cache_rows(void *arg, int thread_i, int n_threads)
     router *r = job->r;
     const router_layer *layer = &r->w.layers[job->layer];
     size_t q_dim = (size_t)r->shape.n_heads * (size_t)r->shape.head_dim, kv_dim = r->kv.stride / 2;
+    size_t dim = (size_t)r->shape.head_dim, block = dim * ROUTER_PAGE_TOKENS;
     for (int i = thread_i; i < r->n_rows; i += n_threads) {
         int t = r->row_position[i];
         float *k = r->k + (size_t)i * kv_dim;
@@ -78,35 +81,53 @@ static void cache_rows(void *arg, int thread_i, int n_threads)
         head_norm_rope(r, k, r->shape.n_kv_heads, layer->k_norm, t);
         float *to = r->row_seq[i]->pages[t / ROUTER_PAGE_TOKENS] +
                     (size_t)job->layer * r->kv.layer_floats +
-                    (size_t)(t % ROUTER_PAGE_TOKENS) * r->kv.stride;
-        memcpy(to, k, kv_dim * sizeof(float));
-        memcpy(to + kv_dim, r->v + (size_t)i * kv_dim, kv_dim * sizeof(float));
+                    (size_t)(t % ROUTER_PAGE_TOKENS) * dim;
+        const float *v = r->v + (size_t)i * kv_dim;
+        for (size_t at = 0; at < kv_dim; at += dim, to += 2 * block) {
+            memcpy(to, k + at, dim * sizeof(float));
+            memcpy(to + block, v + at, dim * sizeof(float));
+        }
     }
 }
 
+/* Heads of one row that are computed together: all that share keys and values, or fewer when there
+ * would not be work for every thread. */
+static int heads_together(const router *r)
+{
+    int n = r->shape.n_heads / r->shape.n_kv_heads;
+    while (n % 2 == 0 && r->n_rows * (r->shape.n_heads / n) < 2 * r->n_threads)
+        n /= 2;
+    return n;
+}
+
+/* Key head by key head over all rows, so that what one row read from memory the next finds near. */
 static void attend_rows(void *arg, int thread_i, int n_threads)
 {
     row_job *job = arg;
     router *r = job->r;
     const model_shape *s = &r->shape;
-    int group = s->n_heads / s->n_kv_heads, n_items = r->n_rows * s->n_heads;
-    size_t dim = (size_t)s->head_dim, kv_dim = r->kv.stride / 2;
-    float *scores = r->scores + (size_t)thread_i * (size_t)r->page_positions;
-    for (int item = thread_i; item < n_items; item += n_threads) {
-        int row = item / s->n_heads, head = item % s->n_heads;
-        size_t off = (size_t)job->layer * r->kv.layer_floats + (size_t)(head / group) * dim;
+    (void)n_threads;
+    int group = s->n_heads / s->n_kv_heads, together = heads_together(r);
+    int n_items = r->n_rows * (s->n_heads / together), item;
+    size_t dim = (size_t)s->head_dim, block = dim * ROUTER_PAGE_TOKENS;
+    float *scores =
+        r->scores + (size_t)thread_i * (size_t)group * kern_attn_scores(r->page_positions);
+    while ((item = atomic_fetch_add(&job->next, 1)) < n_items) {
+        int row = item % r->n_rows, head = item / r->n_rows * together;
+        size_t at = ((size_t)row * (size_t)s->n_heads + (size_t)head) * dim;
+        size_t off = (size_t)job->layer * r->kv.layer_floats + (size_t)(head / group) * 2 * block;
         kern_attn_args a = {
-            .q = r->q + (size_t)item * dim,
+            .q = r->q + at,
             .pages = r->row_seq[row]->pages,
             .page_tokens = ROUTER_PAGE_TOKENS,
             .n_pos = r->row_position[row] + 1,
             .dim = s->head_dim,
-            .stride = r->kv.stride,
+            .stride = dim,
             .k_off = off,
-            .v_off = off + kv_dim,
+            .v_off = off + block,
             .scale = (float)(1.0 / sqrt((double)s->head_dim)),
         };
-        kern_attn_head(r->att + (size_t)item * dim, &a, scores);
+        kern_attn_heads(r->att + at, &a, together, scores);
     }
 }
 
@@ -117,7 +138,7 @@ static void attention(router *r, int layer_i)
     ep_pool *pool = r->opt.pool;
     size_t hidden = (size_t)r->shape.hidden, kv_dim = r->kv.stride / 2;
     size_t q_dim = (size_t)r->shape.n_heads * (size_t)r->shape.head_dim;
-    row_job job = {r, layer_i};
+    row_job job = {.r = r, .layer = layer_i};
     ep_pool_run(pool, norm_rows, &job);
     kern_linear(pool, &w->q, r->h, hidden, r->n_rows, r->q, q_dim, r->scratch);
     kern_linear(pool, &w->k, r->h, hidden, r->n_rows, r->k, kv_dim, r->scratch);
@@ -189,7 +210,7 @@ ep_status router_moe(router *r, int layer)
     if (status != EP_OK) return status;
 
     mark = ep_now();
-    row_job job = {r, layer};
+    row_job job = {.r = r, .layer = layer};
     ep_pool_run(r->opt.pool, combine_rows, &job);
     c->combine_ns += ns_since(&mark);
     return EP_OK;

@@ -68,6 +68,8 @@ typedef struct kern_vec {
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
     void (*rope)(float *x, const float *cos_sin, int dim);
     void (*attn_head)(float *out, const kern_attn_args *a, float *scores);
+    /* NULL: attn_head for each */
+    void (*attn_heads)(float *out, const kern_attn_args *a, int n, float *scores);
 } kern_vec;
 
 extern const kern_vec kern_vec_scalar, kern_vec_avx2, kern_vec_avx512;

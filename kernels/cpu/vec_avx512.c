@@ -381,6 +381,126 @@ static void attn_head(float *out, const kern_attn_args *a, float *scores)
         weigh(out, a, scores, i, 1, tail_mask(a->dim - i < 16 ? a->dim - i : 16));
 }
 
+/* ---- attention of several heads over the same keys and values ---- */
+
+enum { HEADS = 4, TILE = 4 }; /* heads and positions, or heads and vectors, of 16 accumulators */
+
+/* Scores of 4 heads at 4 positions, before the factor: quarter h of the result holds head h. */
+INLINE __m512 dot_tile(const float *q, size_t dim, const float *const *key)
+{
+    __m512 sum[HEADS * TILE];
+#pragma GCC unroll 16
+    for (int j = 0; j < HEADS * TILE; j++)
+        sum[j] = _mm512_setzero_ps();
+    size_t i = 0;
+    for (; i + 16 <= dim; i += 16) {
+        __m512 k[TILE];
+#pragma GCC unroll 4
+        for (int j = 0; j < TILE; j++)
+            k[j] = _mm512_loadu_ps(key[j] + i);
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) {
+            __m512 v = _mm512_loadu_ps(q + (size_t)h * dim + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < TILE; j++)
+                sum[h * TILE + j] = _mm512_fmadd_ps(v, k[j], sum[h * TILE + j]);
+        }
+    }
+    if (i < dim) {
+        __mmask16 mask = tail_mask((int)(dim - i));
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) {
+            __m512 v = _mm512_maskz_loadu_ps(mask, q + (size_t)h * dim + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < TILE; j++)
+                sum[h * TILE + j] = _mm512_mask3_fmadd_ps(
+                    v, _mm512_maskz_loadu_ps(mask, key[j] + i), sum[h * TILE + j], mask);
+        }
+    }
+    return add_lanes_16(sum);
+}
+
+/* Scores of n heads (a multiple of 4), lds apart. A last tile repeats the last position: what it
+ * stores past n_pos is never read. */
+static void score_heads(float *scores, size_t lds, const kern_attn_args *a, int n)
+{
+    const float *key[TILE];
+    __m512 factor = _mm512_set1_ps(a->scale);
+    size_t dim = (size_t)a->dim;
+    walk here = {a->pages, 0, 0};
+    for (int t = 0; t < a->n_pos; t += TILE) {
+        for (int j = 0; j < TILE; j++)
+            key[j] = t + j < a->n_pos ? next_position(&here, a) + a->k_off : key[j - 1];
+        for (int h = 0; h < n; h += HEADS) {
+            float *to = scores + (size_t)h * lds + (size_t)t;
+            __m512 s = _mm512_mul_ps(dot_tile(a->q + (size_t)h * dim, dim, key), factor);
+            _mm_storeu_ps(to, _mm512_castps512_ps128(s));
+            _mm_storeu_ps(to + lds, _mm512_extractf32x4_ps(s, 1));
+            _mm_storeu_ps(to + 2 * lds, _mm512_extractf32x4_ps(s, 2));
+            _mm_storeu_ps(to + 3 * lds, _mm512_extractf32x4_ps(s, 3));
+        }
+    }
+}
+
+/* 16 * n_vec outputs (fewer with the mask of the last vector) of 4 heads over all positions. */
+INLINE void weigh_heads(float *out, const kern_attn_args *a, const float *p, size_t lds, int at,
+                        int n_vec, __mmask16 last)
+{
+    __m512 sum[HEADS][TILE];
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n_vec; j++)
+            sum[h][j] = _mm512_setzero_ps();
+    walk here = {a->pages, 0, 0};
+    for (int t = 0; t < a->n_pos; t++) {
+        const float *v = next_position(&here, a) + a->v_off + at;
+        __m512 x[TILE];
+#pragma GCC unroll 4
+        for (int j = 0; j < n_vec; j++)
+            x[j] = _mm512_maskz_loadu_ps(j == n_vec - 1 ? last : (__mmask16)0xffff, v + 16 * j);
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) {
+            __m512 f = _mm512_set1_ps(p[(size_t)h * lds + (size_t)t]);
+#pragma GCC unroll 4
+            for (int j = 0; j < n_vec; j++)
+                sum[h][j] = _mm512_fmadd_ps(f, x[j], sum[h][j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n_vec; j++)
+            _mm512_mask_storeu_ps(out + (size_t)h * (size_t)a->dim + at + 16 * j,
+                                  j == n_vec - 1 ? last : (__mmask16)0xffff, sum[h][j]);
+}
+
+static void attn_heads(float *out, const kern_attn_args *a, int n, float *scores)
+{
+    size_t dim = (size_t)a->dim, lds = kern_attn_scores(a->n_pos);
+    int n_tiled = n / HEADS * HEADS;
+    score_heads(scores, lds, a, n_tiled);
+    for (int h = 0; h < n_tiled; h += HEADS) {
+        float *p = scores + (size_t)h * lds, *to = out + (size_t)h * dim;
+        bool is_ok[HEADS];
+        for (int j = 0; j < HEADS; j++)
+            is_ok[j] = softmax(p + (size_t)j * lds, a->n_pos);
+        int i = 0;
+        for (; i + 64 <= a->dim; i += 64)
+            weigh_heads(to, a, p, lds, i, 4, 0xffff);
+        for (; i < a->dim; i += 16)
+            weigh_heads(to, a, p, lds, i, 1, tail_mask(a->dim - i < 16 ? a->dim - i : 16));
+        for (int j = 0; j < HEADS; j++)
+            for (size_t d = 0; d < dim && !is_ok[j]; d++)
+                to[(size_t)j * dim + d] = float_of(0x7fc00000u);
+    }
+    kern_attn_args one = *a;
+    for (int h = n_tiled; h < n; h++) {
+        one.q = a->q + (size_t)h * dim;
+        attn_head(out + (size_t)h * dim, &one, scores);
+    }
+}
+
 const kern_vec kern_vec_avx512 = {
     .name = "avx512",
     .act_q8 = act_q8,
@@ -394,4 +514,5 @@ const kern_vec kern_vec_avx512 = {
     .silu_mul = silu_mul,
     .rope = rope,
     .attn_head = attn_head,
+    .attn_heads = attn_heads,
 };

@@ -273,6 +273,42 @@ static void check_attention(const char *level, const kern_vec *v, int mode, int 
     ep_free(c.memory);
 }
 
+/* Heads together have the bits of each alone, with a poisoned one among them too. */
+static void check_heads(const char *level, const kern_vec *v, int mode, int n_pos, int dim, int n)
+{
+    enum { MAX_HEADS = 9, MAX_SCORES = MAX_HEADS * (MAX_POS + 15) };
+    static float q[MAX_HEADS * MAX_DIM], out[MAX_HEADS * MAX_DIM + GUARD];
+    static float scores[MAX_SCORES + GUARD], end[GUARD];
+    cache c;
+    if (!cache_open(&c, mode, n_pos, dim)) {
+        fail("no memory");
+        return;
+    }
+    fill(q, mode, n * dim);
+    if (n > 2) q[dim + dim / 2] = NAN;
+    memset(end, 0x5a, sizeof end);
+    size_t n_scores = (size_t)n * kern_attn_scores(n_pos);
+    memcpy(scores + n_scores, end, sizeof end);
+    memcpy(out + n * dim, end, sizeof end);
+    c.args.q = q;
+    v->attn_heads(out, &c.args, n, scores);
+    char what[64];
+    snprintf(what, sizeof what, "head of %d, dim %d", n, dim);
+    if (memcmp(scores + n_scores, end, sizeof end) != 0 ||
+        memcmp(out + n * dim, end, sizeof end) != 0)
+        fail("%s %s: writes past the end", level, what);
+    for (int h = 0; h < n; h++) {
+        static float alone[MAX_POS];
+        guard(&want);
+        guard(&got);
+        c.args.q = q + h * dim;
+        kern_vec_scalar.attn_head(want.f + GUARD, &c.args, alone);
+        memcpy(got.f + GUARD, out + h * dim, (size_t)dim * sizeof(float));
+        compare(level, what, mode, n_pos);
+    }
+    ep_free(c.memory);
+}
+
 /* ---- a level ---- */
 
 static void check_level(const char *level)
@@ -304,6 +340,10 @@ static void check_level(const char *level)
         for (int i = 0; i < n_dims; i++)
             for (int j = 0; j < n_counts; j += is_quick ? 3 : 1)
                 check_attention(level, v, mode, counts[j], dims[i]);
+        for (int i = 0; i < n_dims && v->attn_heads != NULL; i += is_quick ? 2 : 1)
+            for (int j = 0; j < n_counts; j += 3)
+                for (int n = 1; n <= 9; n += 3 + n % 2)
+                    check_heads(level, v, mode, counts[j], dims[i], n);
     }
     if (failures == before) printf("%-8s agrees with the specification (%s)\n", level, v->name);
 }
