@@ -228,6 +228,23 @@ static bool is_reply_to(const exchange *x, int i, int shard, const wire_header *
            h->n_pairs == (uint32_t)s->n_pairs && h->hidden == (uint32_t)r->shape.hidden;
 }
 
+/* Megabytes of rows: each thread copies a stretch. */
+enum { COPY_ALONE = 1 << 20 };
+
+typedef struct copy_job {
+    float *to;
+    const float *from;
+    size_t n_rows, row_bytes;
+} copy_job;
+
+static void copy_rows(void *arg, int thread_i, int n_threads)
+{
+    const copy_job *c = arg;
+    size_t i = (size_t)thread_i, n = (size_t)n_threads;
+    size_t first = c->n_rows * i / n * c->row_bytes, last = c->n_rows * (i + 1) / n * c->row_bytes;
+    memcpy((char *)c->to + first, (const char *)c->from + first, last - first);
+}
+
 static void take_reply(exchange *x, int shard, const net_buf *b, const wire_header *h, ep_time now)
 {
     router *r = x->r;
@@ -244,8 +261,9 @@ static void take_reply(exchange *x, int shard, const net_buf *b, const wire_head
     }
     const router_plan_slice *s = &r->plan.slices[i];
     size_t row = (size_t)r->shape.hidden;
-    memcpy(r->replies + (size_t)s->pair_first * row, wire_reply_rows(b->data, h),
-           (size_t)s->n_pairs * row * sizeof(float));
+    copy_job copy = {r->replies + (size_t)s->pair_first * row, wire_reply_rows(b->data, h),
+                     (size_t)s->n_pairs, row * sizeof(float)};
+    ep_pool_run(copy.n_rows * copy.row_bytes < COPY_ALONE ? NULL : r->opt.pool, copy_rows, &copy);
     r->counters.layers[x->layer].bytes_in += b->len;
     r->counters.shard_slices[shard]++;
     r->counters.shard_wait_ns[shard] += (uint64_t)ep_time_diff_ns(now, r->slices[i].first_sent);
@@ -321,11 +339,33 @@ static ep_time expire(exchange *x, ep_time now)
     return next;
 }
 
+/* Rows for the wire, and rows from it, are spread over the pool when there are more than a few:
+ * quantising and copying megabytes on one thread is time that the other has nothing to do. */
+enum { FEW_ROWS = 4 };
+
+typedef struct conversion {
+    router *r;
+    kern_act form;
+    size_t row_bytes;
+} conversion;
+
+static void convert_rows(void *arg, int thread_i, int n_threads)
+{
+    const conversion *c = arg;
+    router *r = c->r;
+    size_t hidden = (size_t)r->shape.hidden;
+    int first = (int)((int64_t)r->n_rows * thread_i / n_threads);
+    int last = (int)((int64_t)r->n_rows * (thread_i + 1) / n_threads);
+    kern_act_rows(c->form, r->act + (size_t)first * c->row_bytes, r->h + (size_t)first * hidden,
+                  hidden, last - first, r->shape.hidden);
+}
+
 static const uint8_t *convert(router *r, kern_act form, size_t *row_bytes)
 {
     *row_bytes = kern_act_row_bytes(form, r->shape.hidden);
     if (form == KERN_ACT_F32) return (const uint8_t *)r->h;
-    kern_act_rows(form, r->act, r->h, (size_t)r->shape.hidden, r->n_rows, r->shape.hidden);
+    conversion c = {.r = r, .form = form, .row_bytes = *row_bytes};
+    ep_pool_run(r->n_rows < FEW_ROWS ? NULL : r->opt.pool, convert_rows, &c);
     return r->act;
 }
 

@@ -31,6 +31,14 @@ typedef struct row_job {
     _Atomic int next; /* item of attend_rows */
 } row_job;
 
+/* Work of some microseconds a row: for a few rows it is done before another thread has woken. */
+enum { FEW_ROWS = 4 };
+
+static void run_rows(const router *r, ep_pool_fn fn, row_job *job)
+{
+    ep_pool_run(r->n_rows < FEW_ROWS ? NULL : r->opt.pool, fn, job);
+}
+
 /* Rows i, i + n_threads, ... */
 static void norm_rows(void *arg, int thread_i, int n_threads)
 {
@@ -139,14 +147,14 @@ static void attention(router *r, int layer_i)
     size_t hidden = (size_t)r->shape.hidden, kv_dim = r->kv.stride / 2;
     size_t q_dim = (size_t)r->shape.n_heads * (size_t)r->shape.head_dim;
     row_job job = {.r = r, .layer = layer_i};
-    ep_pool_run(pool, norm_rows, &job);
+    run_rows(r, norm_rows, &job);
     kern_linear(pool, &w->q, r->h, hidden, r->n_rows, r->q, q_dim, r->scratch);
     kern_linear(pool, &w->k, r->h, hidden, r->n_rows, r->k, kv_dim, r->scratch);
     kern_linear(pool, &w->v, r->h, hidden, r->n_rows, r->v, kv_dim, r->scratch);
-    ep_pool_run(pool, cache_rows, &job);
+    run_rows(r, cache_rows, &job);
     ep_pool_run(pool, attend_rows, &job);
     kern_linear(pool, &w->o, r->att, q_dim, r->n_rows, r->acc, hidden, r->scratch);
-    ep_pool_run(pool, ffn_norm_rows, &job);
+    run_rows(r, ffn_norm_rows, &job);
 }
 
 static bool is_finite_row(const float *x, int n)
@@ -157,20 +165,33 @@ static bool is_finite_row(const float *x, int n)
     return ok;
 }
 
-static void choose_experts(router *r, int layer)
+static void gate_rows(void *arg, int thread_i, int n_threads)
 {
-    int n_experts = r->shape.n_experts, hidden = r->shape.hidden;
-    kern_linear(r->opt.pool, &r->w.layers[layer].gate, r->h, (size_t)hidden, r->n_rows,
-                r->gate_logits, (size_t)n_experts, r->scratch);
-    for (int i = 0; i < r->n_rows; i++) {
-        float *logits = r->gate_logits + (size_t)i * (size_t)n_experts;
+    router *r = ((row_job *)arg)->r;
+    size_t n_experts = (size_t)r->shape.n_experts, hidden = (size_t)r->shape.hidden;
+    for (int i = thread_i; i < r->n_rows; i += n_threads) {
         int32_t *experts = r->experts + (size_t)i * (size_t)r->top_k;
         float *weights = r->weights + (size_t)i * (size_t)r->top_k;
-        if (!r->row_out[i] && is_finite_row(r->h + (size_t)i * (size_t)hidden, hidden) &&
-            router_gate_row(&r->gate, logits, experts, weights))
+        if (!r->row_out[i] && is_finite_row(r->h + (size_t)i * hidden, r->shape.hidden) &&
+            router_gate_row(&r->gate, r->gate_logits + (size_t)i * n_experts, experts, weights))
             continue;
         for (int slot = 0; slot < r->top_k; slot++)
             experts[slot] = -1, weights[slot] = 0.0f;
+    }
+}
+
+static void choose_experts(router *r, int layer)
+{
+    int n_experts = r->shape.n_experts, hidden = r->shape.hidden;
+    row_job job = {.r = r, .layer = layer};
+    kern_linear(r->opt.pool, &r->w.layers[layer].gate, r->h, (size_t)hidden, r->n_rows,
+                r->gate_logits, (size_t)n_experts, r->scratch);
+    run_rows(r, gate_rows, &job);
+    for (int i = 0; i < r->n_rows; i++) {
+        int32_t *experts = r->experts + (size_t)i * (size_t)r->top_k;
+        if (!r->row_out[i] && experts[0] >= 0) continue;
+        for (int slot = 0; slot < r->top_k; slot++) /* a row before may have failed this one */
+            experts[slot] = -1, r->weights[(size_t)i * (size_t)r->top_k + (size_t)slot] = 0.0f;
         if (r->row_out[i]) continue;
         r->counters.non_finite_rows++;
         char text[160];
@@ -211,9 +232,17 @@ ep_status router_moe(router *r, int layer)
 
     mark = ep_now();
     row_job job = {.r = r, .layer = layer};
-    ep_pool_run(r->opt.pool, combine_rows, &job);
+    run_rows(r, combine_rows, &job);
     c->combine_ns += ns_since(&mark);
     return EP_OK;
+}
+
+static void add_rows(void *arg, int thread_i, int n_threads)
+{
+    router *r = ((row_job *)arg)->r;
+    size_t hidden = (size_t)r->shape.hidden;
+    for (int i = thread_i; i < r->n_rows; i += n_threads)
+        kern_add(r->x + (size_t)i * hidden, r->acc + (size_t)i * hidden, r->shape.hidden);
 }
 
 ep_status router_layers(router *r)
@@ -228,9 +257,8 @@ ep_status router_layers(router *r)
         r->counters.layers[layer].attention_ns += ns_since(&mark);
         ep_status status = router_moe(r, layer);
         if (status != EP_OK) return status;
-        for (int i = 0; i < r->n_rows; i++)
-            kern_add(r->x + (size_t)i * (size_t)hidden, r->acc + (size_t)i * (size_t)hidden,
-                     hidden);
+        row_job job = {.r = r, .layer = layer};
+        run_rows(r, add_rows, &job);
         if (r->opt.tap.moe != NULL)
             r->opt.tap.moe(r->opt.tap.arg, layer, r->n_rows, r->row_request, r->row_position, r->h,
                            r->experts, r->weights, r->top_k, r->x);
