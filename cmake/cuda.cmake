@@ -51,6 +51,6 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(MOED_CUDA_FLAGS -Xcompiler=-fno-threadsafe-statics,-fno-exceptions,-fno-rtti,-fvisibility=hidden
-    -fmad=false --expt-relaxed-constexpr)
+    -fmad=false)
 set(MOED_HAVE_CUDA ON)
 message(STATUS "CUDA: ${nvcc_release}, architectures ${CMAKE_CUDA_ARCHITECTURES}")

@@ -36,7 +36,7 @@ static ep_status open_auto(const compute_ops **ops, compute **out, int n_threads
             *ops = devices[i];
             return EP_OK;
         }
-        if (why.text[0] != '\0') log_debug("device auto: %s: %s", device, why.text);
+        if (why.text[0] != '\0') log_info("device auto: %s", why.text);
     }
     return s;
 }

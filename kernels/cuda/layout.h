@@ -427,4 +427,67 @@ GPU_FN void gpu_share(int64_t items, int w, int n, int64_t *from, int64_t *to)
     *to = items * (w + 1) / n;
 }
 
+/* ---- units: what one warp does of an item ---- */
+
+/* How a launch cuts a matrix. An item is an entry and `chunk` row tiles; a unit is `rows` row tiles
+ * (one after another) of it and one segment of k (split) or all of k (segs 1). */
+typedef struct gpu_cut {
+    int row_tiles, k_tiles;
+    int chunk, rows, segs, seg_tiles;
+} gpu_cut;
+
+typedef struct gpu_unit {
+    int row_tile, rows, tile, tiles;
+} gpu_unit;
+
+/* Row tiles per item when warps split k: at most 24 units, the number that keeps `warps` busiest.
+ */
+GPU_FN int gpu_chunk_rows(int segs, int warps)
+{
+    int best = 1, best_busy = 0;
+    for (int rows = 1; rows * segs <= 24; rows++) {
+        int units = rows * segs, rounds = (units + warps - 1) / warps;
+        int busy = units * 1000 / (rounds * warps);
+        if (busy >= best_busy) {
+            best = rows;
+            best_busy = busy;
+        }
+    }
+    return best;
+}
+GPU_FN gpu_cut gpu_cut_make(const gpu_matrix *m, int split, int rows, int warps)
+{
+    gpu_cut c;
+    c.row_tiles = m->row_tiles;
+    c.k_tiles = m->k_tiles;
+    c.rows = split ? 1 : rows;
+    c.segs = split ? gpu_segment_count(m->k_tiles) : 1;
+    c.seg_tiles = split ? gpu_segment_tiles(m->k_tiles) : m->k_tiles;
+    c.chunk = split ? gpu_chunk_rows(c.segs, warps) : rows * warps;
+    return c;
+}
+GPU_FN int gpu_cut_chunks(const gpu_cut *c)
+{
+    return (c->row_tiles + c->chunk - 1) / c->chunk;
+}
+GPU_FN int gpu_cut_rows(const gpu_cut *c, int chunk_i)
+{
+    int left = c->row_tiles - chunk_i * c->chunk;
+    return left < c->chunk ? left : c->chunk;
+}
+GPU_FN int gpu_cut_units(const gpu_cut *c, int chunk_i)
+{
+    return (gpu_cut_rows(c, chunk_i) + c->rows - 1) / c->rows * c->segs;
+}
+GPU_FN gpu_unit gpu_cut_unit(const gpu_cut *c, int chunk_i, int unit)
+{
+    gpu_unit u;
+    int row = unit / c->segs * c->rows, left = gpu_cut_rows(c, chunk_i) - row;
+    u.row_tile = chunk_i * c->chunk + row;
+    u.rows = left < c->rows ? left : c->rows;
+    u.tile = unit % c->segs * c->seg_tiles;
+    u.tiles = c->k_tiles - u.tile < c->seg_tiles ? c->k_tiles - u.tile : c->seg_tiles;
+    return u;
+}
+
 #endif

@@ -295,6 +295,36 @@ static void test_work_lists(void)
         }
 }
 
+/* Every tile of a matrix belongs to one unit of one warp, whatever the cut. */
+static void test_units(void)
+{
+    static const int rows[] = {1, 2, 15, 16, 17, 96, 128};
+    static uint8_t seen[128][64];
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
+        for (int kt = 1; kt <= 64; kt += kt < 12 ? 1 : 11)
+            for (int way = 0; way < 3; way++) {
+                gpu_matrix m = matrix_of(KERN_Q4_K, 16 * rows[i], 256 * kt, 0);
+                gpu_cut cut = gpu_cut_make(&m, way == 0, way, 8);
+                memset(seen, 0, sizeof seen);
+                for (int c = 0; c < gpu_cut_chunks(&cut); c++) {
+                    int units = gpu_cut_units(&cut, c);
+                    if (way == 0) CHECK(units <= 24);
+                    for (int u = 0; u < units; u++) {
+                        gpu_unit unit = gpu_cut_unit(&cut, c, u);
+                        for (int r = 0; r < unit.rows; r++)
+                            for (int t = 0; t < unit.tiles; t++)
+                                seen[unit.row_tile + r][unit.tile + t]++;
+                    }
+                }
+                for (int r = 0; r < rows[i]; r++)
+                    for (int t = 0; t < kt; t++)
+                        if (seen[r][t] != 1) {
+                            CHECK(!"a tile not done once");
+                            return;
+                        }
+            }
+}
+
 /* ---- the product in the kernels' order ---- */
 
 static float half_float(uint32_t h)
@@ -442,6 +472,7 @@ int main(int argc, char **argv)
         {"swizzle", test_swizzle},
         {"segments", test_segments},
         {"work_lists", test_work_lists},
+        {"units", test_units},
         {"product", test_product},
     };
     printf("seed %llu\n", (unsigned long long)seed);

@@ -1,0 +1,74 @@
+/*
+ * Which product kernel serves a weight type, and how much shared memory its rings get. The plan of
+ * a launch never changes bits: it only says who does what. Knows nothing of layers or of the
+ * device's state.
+ */
+#include "kernels/cuda/gemm_types.h"
+
+typedef struct gemm_type {
+    int type;
+    int (*launch)(const gpu_gemm *g, int split, int n_blocks, gpu_stream stream);
+    int (*prepare)(int smem_limit);
+    int (*occupancy)(const gpu_gemm *g, int split);
+} gemm_type;
+
+static const gemm_type gemm_types[] = {
+    {KERN_Q4_K, gpu_launch_q4k, gpu_prepare_q4k, gpu_occupancy_q4k},
+    {KERN_Q6_K, gpu_launch_q6k, gpu_prepare_q6k, gpu_occupancy_q6k},
+    {KERN_Q8_0, gpu_launch_q8, gpu_prepare_q8, gpu_occupancy_q8},
+    {KERN_GPTQ4, gpu_launch_gptq, gpu_prepare_gptq, gpu_occupancy_gptq},
+    {KERN_F16, gpu_launch_f16, gpu_prepare_f16, gpu_occupancy_f16},
+    {KERN_BF16, gpu_launch_bf16, gpu_prepare_bf16, gpu_occupancy_bf16},
+};
+
+enum {
+    N_TYPES = sizeof gemm_types / sizeof gemm_types[0],
+    BARRIERS = 512,          /* bytes; gemm.cuh */
+    PART_BYTES = 16 * 17 * 4 /* of a unit's sums */
+};
+
+static const gemm_type *find(int type)
+{
+    for (int i = 0; i < N_TYPES; i++)
+        if (gemm_types[i].type == type) return &gemm_types[i];
+    return NULL;
+}
+
+size_t gpu_gemm_smem(const gpu_gemm *g, int split)
+{
+    size_t ring = (size_t)(GPU_WARPS * g->slots * g->cut.rows * g->m.tile_bytes);
+    size_t parts = split ? (size_t)(g->cut.chunk * g->cut.segs) * PART_BYTES : 0;
+    return BARRIERS + ring + parts;
+}
+
+/* Two blocks per multiprocessor hide each other's ends; four slots are what that leaves for
+ * four-bit weights, larger tiles get fewer. */
+void gpu_gemm_plan(gpu_gemm *g, int split, int smem_limit)
+{
+    g->cut = gpu_cut_make(&g->m, split, GPU_WIDE_ROWS, GPU_WARPS);
+    size_t limit = (size_t)smem_limit;
+    if (split && limit > 112 * 1024) limit = 112 * 1024;
+    for (g->slots = 4; g->slots > 1 && gpu_gemm_smem(g, split) > limit; g->slots--) {
+    }
+}
+
+int gpu_gemm_prepare(int smem_limit)
+{
+    for (int i = 0; i < N_TYPES; i++) {
+        int e = gemm_types[i].prepare(smem_limit);
+        if (e != 0) return e;
+    }
+    return 0;
+}
+
+int gpu_launch_gemm(const gpu_gemm *g, int split, int n_blocks, gpu_stream stream)
+{
+    const gemm_type *t = find(g->m.type);
+    return t != NULL ? t->launch(g, split, n_blocks, stream) : 1; /* cudaErrorInvalidValue */
+}
+
+int gpu_gemm_occupancy(const gpu_gemm *g, int split)
+{
+    const gemm_type *t = find(g->m.type);
+    return t != NULL ? t->occupancy(g, split) : 0;
+}
