@@ -17,6 +17,8 @@ endfunction()
 function(moed_program name)
   add_executable(${name} ${ARGN})
   moed_target_flags(${name})
+  # objects made by nvcc do not make it the linker
+  set_target_properties(${name} PROPERTIES LINKER_LANGUAGE C)
 endfunction()
 
 # moed_test(name LABEL l TIMEOUT s SOURCES files... LIBS libs... ARGS args...)

@@ -195,6 +195,71 @@ static void test_nibbles(void)
     ep_free(tile);
 }
 
+static float half_float(uint32_t h)
+{
+    int exp = (int)(h >> 10 & 31), frac = (int)(h & 1023);
+    float v = exp == 0 ? ldexpf((float)frac, -24) : ldexpf((float)(1024 + frac), exp - 25);
+    return h & 0x8000 ? -v : v;
+}
+
+/* Register r of k-step `step` as a kernel reads it from the planes: two codes, one in each half. */
+static uint32_t register_of(int type, const uint8_t *tile, int lane, int step, int r)
+{
+    const uint8_t *plane = tile + gpu_head_bytes(type);
+    if (type == KERN_F16 || type == KERN_BF16)
+        return gpu_tile_u32(plane + (step * 32 + lane) * 16 + 4 * r);
+    if (type == KERN_Q8_0) { /* byte_perm with 0x4140 or 0x4342: bytes 0 and 1, or 2 and 3 */
+        uint32_t w =
+            gpu_tile_u32(plane + (step / 2 * 32 + lane) * 16 + 4 * (2 * (step % 2) + r / 2));
+        w >>= 16 * (r % 2);
+        return (w & 0xff) | (w & 0xff00) << 8;
+    }
+    uint32_t q = gpu_tile_u32(plane + (step / 4 * 32 + lane) * 16 + step % 4 * 4);
+    return q >> 4 * r & 0x000f000fu;
+}
+
+static void test_registers(void)
+{
+    for (int t = 0; t < N_TYPES; t++) {
+        if (types[t] == KERN_Q6_K) continue; /* its two planes: test_nibbles */
+        gpu_matrix m = matrix_of(types[t], 16, 256, 0);
+        uint8_t *src = ep_alloc(16 * m.row_bytes), *tile = ep_alloc(m.bytes);
+        fill(src, 16 * m.row_bytes);
+        gpu_pack(&m, src, NULL, tile);
+        int wrong = 0;
+        for (int i = 0; i < 16 * 32 * 4 * 2; i++) {
+            int half = i % 2, r = i / 2 % 4, lane = i / 8 % 32, step = i / 256, a = 2 * r + half;
+            uint32_t got = register_of(types[t], tile, lane, step, r) >> 16 * half & 0xffff;
+            wrong += got != gpu_tile_code(types[t], tile, gpu_a_row(lane, a),
+                                          16 * step + gpu_a_k(lane, a));
+        }
+        CHECK_INT(wrong, 0);
+        ep_free(src);
+        ep_free(tile);
+    }
+}
+
+/* The magic numbers of dequantisation, in the halves' own arithmetic. */
+static void test_magic(void)
+{
+    for (uint32_t q = 0; q < 256; q++) {
+        CHECK(half_float(0x6400 | q) == 1024.0f + (float)q);
+        if (q < 16) {
+            CHECK(half_float(0x6400 | q) - half_float(0x6408) == (float)q - 8.0f);
+            CHECK(half_float(0x6400 | q << 4) * half_float(0x2c00) + half_float(0xd400) ==
+                  (float)q);
+            CHECK(half_float(0x6400 | q << 4) * half_float(0x2c00) + half_float(0xd480) ==
+                  (float)q - 8.0f);
+        }
+        if (q < 64) CHECK(half_float(0x6400 | q) - half_float(0x6420) == (float)q - 32.0f);
+        CHECK(half_float(0x6400 | q) - half_float(0x6480) == (float)q - 128.0f);
+        float f;
+        uint32_t bits = 0x4b000000u | q;
+        memcpy(&f, &bits, 4);
+        CHECK(f - 8388608.0f == (float)q);
+    }
+}
+
 static void test_activation_order(void)
 {
     int seen[512] = {0};
@@ -326,13 +391,6 @@ static void test_units(void)
 }
 
 /* ---- the product in the kernels' order ---- */
-
-static float half_float(uint32_t h)
-{
-    int exp = (int)(h >> 10 & 31), frac = (int)(h & 1023);
-    float v = exp == 0 ? ldexpf((float)frac, -24) : ldexpf((float)(1024 + frac), exp - 25);
-    return h & 0x8000 ? -v : v;
-}
 
 /* The nearest value with `bits` bits of mantissa (11: half, 8: bfloat16), ties to even. */
 static float rounded(float x, int bits)
@@ -468,6 +526,8 @@ int main(int argc, char **argv)
         {"pack_edges", test_pack_edges},
         {"fragments", test_fragments},
         {"nibbles", test_nibbles},
+        {"registers", test_registers},
+        {"magic", test_magic},
         {"activation_order", test_activation_order},
         {"swizzle", test_swizzle},
         {"segments", test_segments},
