@@ -19,6 +19,11 @@
  * the configuration (300 cycles) only if it differs. Permission to use tiles is select.c's
  * business. Row counts too small to pay go to the AVX-512 table.
  */
+/* Longer than AVX-512's: tiles loaded from L2 keep the buffers for misses busy too, and a panel
+ * takes its time. Cold panels at 12 and 16 rows, one thread, ns per 256 block at 2 and 4 KB: Q8_0
+ * 372 and 349, 399 and 370; Q6_K 323 and 311, 334 and 330; Q4_K 240 and 233, 257 and 250 (a loop
+ * over panels, neighbours busy). */
+#define X_AHEAD 4096
 #include "kernels/cpu/x512.h"
 
 enum { CHUNK = 32, TILE_BYTES = 1024 };
@@ -548,13 +553,16 @@ static kern_rows rows_from(const kern_rows *a, int r)
     return s;
 }
 
-/* Rows from which tiles beat vectors, one thread, cold weights (moed-bench kernels): cycles per 256
- * block at 3 GHz, AVX-512 against AMX:
- *   4 rows  Q4_K 490/619 Q5_K 620/697 Q6_K 735/878 Q8_0 745/960 Q4_0 483/551 Q5_0 643/666 GPTQ4
- * 446/441 5 rows  Q4_K 605/623 Q5_K 746/718 Q6_K 866/889 Q8_0 878/1014 Q4_0 666/562 Q5_0 785/646
- * GPTQ4 543/435 8 rows  Q4_K 590/652 Q5_K 743/753 Q6_K 842/918 Q8_0 891/1000 Q4_0 642/615 Q5_0
- * 763/688 GPTQ4 554/472 16 rows  Q4_K 1122/786 Q5_K 1367/867 Q6_K 1630/979 Q8_0 1322/1102 Q4_0
- * 1114/787 GPTQ4 905/526 BF16 at 4, 5 and 8 rows: 1207/1355 1964/1380 1938/1392 */
+/* clang-format off */
+/* Rows from which tiles beat vectors. Taken from a loop over cold panels, one thread, neighbours
+ * busy (not from moed-bench): cycles per 256 block at 3 GHz, AVX-512 against AMX:
+ *   rows   Q4_K      Q5_K      Q6_K      Q8_0       Q4_0      Q5_0     GPTQ4    BF16
+ *      4   490/619   620/697   735/878   745/960    483/551   643/666  446/441  1207/1355
+ *      5   605/623   746/718   866/889   878/1014   666/562   785/646  543/435  1964/1380
+ *      8   590/652   743/753   842/918   891/1000   642/615   763/688  554/472  1938/1392
+ *     16  1122/786  1367/867  1630/979  1322/1102  1114/787            905/526
+ */
+/* clang-format on */
 static int least_rows(const int type)
 {
     switch (type) {
@@ -568,13 +576,9 @@ static int least_rows(const int type)
     }
 }
 
-X_INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a,
-                       kern_panel_fn few, const int type)
+X_INLINE void tile_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a,
+                        const int type)
 {
-    if (a->m < least_rows(type)) {
-        few(y, ldy, panel, a);
-        return;
-    }
     const int most = type == KERN_BF16 ? 64 : CHUNK, chunks = (a->m + most - 1) / most;
     for (int i = 0, r = 0; i < chunks; i++) {
         const int m = (a->m - r) / (chunks - i);
@@ -590,44 +594,84 @@ X_INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_ro
     }
 }
 
+static void q4_0_tiles(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    tile_rows(y, ldy, panel, a, KERN_Q4_0);
+}
+
+static void q5_0_tiles(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    tile_rows(y, ldy, panel, a, KERN_Q5_0);
+}
+
+static void q8_0_tiles(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    tile_rows(y, ldy, panel, a, KERN_Q8_0);
+}
+
+static void q4_k_tiles(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    tile_rows(y, ldy, panel, a, KERN_Q4_K);
+}
+
+static void q5_k_tiles(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    tile_rows(y, ldy, panel, a, KERN_Q5_K);
+}
+
+static void q6_k_tiles(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    tile_rows(y, ldy, panel, a, KERN_Q6_K);
+}
+
+static void gptq4_tiles(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    tile_rows(y, ldy, panel, a, KERN_GPTQ4);
+}
+
+static void bf16_tiles(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
+{
+    tile_rows(y, ldy, panel, a, KERN_BF16);
+}
+
 static void q4_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, kern_gemm_avx512.q4_0, KERN_Q4_0);
+    (a->m < least_rows(KERN_Q4_0) ? kern_gemm_avx512.q4_0 : q4_0_tiles)(y, ldy, panel, a);
 }
 
 static void q5_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, kern_gemm_avx512.q5_0, KERN_Q5_0);
+    (a->m < least_rows(KERN_Q5_0) ? kern_gemm_avx512.q5_0 : q5_0_tiles)(y, ldy, panel, a);
 }
 
 static void q8_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, kern_gemm_avx512.q8_0, KERN_Q8_0);
+    (a->m < least_rows(KERN_Q8_0) ? kern_gemm_avx512.q8_0 : q8_0_tiles)(y, ldy, panel, a);
 }
 
 static void q4_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, kern_gemm_avx512.q4_k, KERN_Q4_K);
+    (a->m < least_rows(KERN_Q4_K) ? kern_gemm_avx512.q4_k : q4_k_tiles)(y, ldy, panel, a);
 }
 
 static void q5_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, kern_gemm_avx512.q5_k, KERN_Q5_K);
+    (a->m < least_rows(KERN_Q5_K) ? kern_gemm_avx512.q5_k : q5_k_tiles)(y, ldy, panel, a);
 }
 
 static void q6_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, kern_gemm_avx512.q6_k, KERN_Q6_K);
+    (a->m < least_rows(KERN_Q6_K) ? kern_gemm_avx512.q6_k : q6_k_tiles)(y, ldy, panel, a);
 }
 
 static void gptq4(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, kern_gemm_avx512.gptq4, KERN_GPTQ4);
+    (a->m < least_rows(KERN_GPTQ4) ? kern_gemm_avx512.gptq4 : gptq4_tiles)(y, ldy, panel, a);
 }
 
 static void bf16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, kern_gemm_avx512.bf16, KERN_BF16);
+    (a->m < least_rows(KERN_BF16) ? kern_gemm_avx512.bf16 : bf16_tiles)(y, ldy, panel, a);
 }
 
 /* F32 and F16 have no tile form: kern_select takes them from the AVX-512 table. */
@@ -641,4 +685,16 @@ const kern_gemm kern_gemm_amx = {
     .q6_k = q6_k,
     .gptq4 = gptq4,
     .bf16 = bf16,
+};
+
+const kern_gemm kern_gemm_tiles = {
+    .name = "tiles",
+    .q4_0 = q4_0_tiles,
+    .q5_0 = q5_0_tiles,
+    .q8_0 = q8_0_tiles,
+    .q4_k = q4_k_tiles,
+    .q5_k = q5_k_tiles,
+    .q6_k = q6_k_tiles,
+    .gptq4 = gptq4_tiles,
+    .bf16 = bf16_tiles,
 };

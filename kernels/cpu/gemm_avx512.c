@@ -4,10 +4,9 @@
  *
  * Up to eight rows go through a panel together: 32 weights of the 16 columns are unpacked to bytes
  * in registers and meet every row by vpdpbusd (weights unsigned, activations signed, exact in
- * int32), with the row's four bytes broadcast by the instruction's memory operand. Unpacking is
- * then at most an eighth of the work, so many rows simply come back in groups of eight: the panel
- * is in L2 by then. The invariant is ops.h's specification, bit for bit; the order of integer sums
- * is free, the order of float operations is not.
+ * int32). Unpacking is then at most an eighth of the work, so many rows simply come back in groups
+ * of eight: the panel is in L2 by then. The invariant is ops.h's specification, bit for bit; the
+ * order of integer sums is free, the order of float operations is not.
  */
 #include "kernels/cpu/x512.h"
 
@@ -49,7 +48,8 @@ X_INLINE void store_rows(const job *j, const __m512 *acc, const int rows)
     }
 }
 
-/* s[i] += w[first .. first+n-1] . x[i], x pointing at the 32 activations that meet w. */
+/* s[i] += w[first .. first+n-1] . x[i], x pointing at the 32 activations that meet w. With eight
+ * rows the multipliers set the pace, and a broadcast of its own costs nothing. */
 X_INLINE void dot(__m512i *s, const __m512i *w, const int first, const int n,
                   const int8_t *const *x, const int rows)
 {
@@ -57,7 +57,8 @@ X_INLINE void dot(__m512i *s, const __m512i *w, const int first, const int n,
     for (int t = first; t < first + n; t++) {
         X_UNROLL
         for (int i = 0; i < rows; i++)
-            s[i] = _mm512_dpbusd_epi32(s[i], w[t], x_pair(x[i] + 4 * t));
+            s[i] = rows < 8 ? x_dot_bytes(s[i], w[t], x[i] + 4 * t)
+                            : _mm512_dpbusd_epi32(s[i], w[t], x_pair(x[i] + 4 * t));
     }
 }
 

@@ -30,18 +30,23 @@ typedef struct kern_rows {
     size_t ldh;
 } kern_rows;
 
+/* clang-format off */
 /* y[r * ldy + n] for all m rows and the 16 columns of one panel over the whole of k. Overwrites y.
  *
  * The specification, per output element, acc = 0 and blocks in ascending k; (float) rounds to
- * nearest: Q4_K, Q5_K: I1 = sum_j sc_j * sum(q x); I2 = sum_j m_j * sum32_j   (int32, exact) t =
- * dmin * (float)I2;  v = fma(d, (float)I1, -t);  acc = fma(dx, v, acc) Q6_K:       I = sum_j sc_j *
- * (sum(q x) - 32 sum16_j);  v = d * (float)I;  acc = fma(dx, v, acc) Q8_0, Q4_0, Q5_0, GPTQ4: I =
- * sum((q - zero) x) with zero 0 (stored +128), 8, 16, 8; v = d * (float)I;  acc = fma(dx, v, acc)
+ * nearest:
+ *   Q4_K, Q5_K: I1 = sum_j sc_j * sum(q x); I2 = sum_j m_j * sum32_j   (int32, exact)
+ *               t = dmin * (float)I2;  v = fma(d, (float)I1, -t);  acc = fma(dx, v, acc)
+ *   Q6_K:       I = sum_j sc_j * (sum(q x) - 32 sum16_j);  v = d * (float)I;
+ *               acc = fma(dx, v, acc)
+ *   Q8_0, Q4_0, Q5_0, GPTQ4: I = sum((q - zero) x) with zero 0 (stored +128), 8, 16, 8;
+ *               v = d * (float)I;  acc = fma(dx, v, acc)
  *   F32, F16:   acc = fma(w, x, acc) for each k ascending
  *   BF16:       per 32 k (zero padded): e = o = 0; for p = 0..15 ascending:
  *               e = fma(x[2p], w[2p], e), o = fma(x[2p+1], w[2p+1], o);  acc = acc + (e + o);
  *               denormal inputs and results of each step count as zero (what AMX does)
  */
+/* clang-format on */
 typedef void (*kern_panel_fn)(float *y, size_t ldy, const uint8_t *panel, const kern_rows *rows);
 
 typedef struct kern_gemm {
@@ -52,6 +57,9 @@ typedef struct kern_gemm {
 /* kernels/cpu/gemm_<isa>.c; a NULL entry falls back to the next lower level (amx -> avx512 -> avx2
  * -> scalar); scalar has none. */
 extern const kern_gemm kern_gemm_scalar, kern_gemm_avx2, kern_gemm_avx512, kern_gemm_amx;
+/* For tests: the tile routines of kern_gemm_amx at any number of rows, where kern_gemm_amx itself
+ * leaves a few rows to AVX-512. Exists where gemm_amx.c is compiled; the level must be amx. */
+extern const kern_gemm kern_gemm_tiles;
 
 /* Element-wise and row operations; contracts in kernels.h under the same names. */
 typedef struct kern_vec {

@@ -45,6 +45,7 @@ double check_rows_value(const kern_rows *v, int r, int i);
 void check_packing(void);
 void check_scalar_bounds(void);
 void check_panels(const char *level);
+void check_tiles(void); /* the level must be amx */
 void check_linear(const char *level);
 void check_ffn(const char *level);
 

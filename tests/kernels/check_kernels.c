@@ -64,6 +64,10 @@ static void run_level(const char *level)
         check_fail("level is %s, asked for %s", kern_level(), level);
     step("panels", level);
     check_panels(level);
+    if (strcmp(level, "amx") == 0) {
+        step("tiles", level);
+        check_tiles();
+    }
     step("linear", level);
     check_linear(level);
     step("ffn", level);

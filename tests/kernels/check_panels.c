@@ -176,11 +176,10 @@ void check_scalar_bounds(void)
 }
 
 /* One table against scalar: all m up to 33, then 64 and 100. */
-static void equal(const char *level, int type, int w_mode, int x_mode, int k)
+static void equal(const char *level, kern_panel_fn fn, int type, int w_mode, int x_mode, int k)
 {
     enum { M = 100 };
     static float want[M * 19 + 64], got[M * 19 + 64];
-    kern_panel_fn fn = entry(&kern_gemm_now, type);
     uint8_t *file = get(16 * kern_type_row_bytes(type, k)), *panel = get(kern_panel_bytes(type, k));
     check_file_rows(type, w_mode, 16, k, file);
     kern_pack(type, 16, k, file, panel);
@@ -214,7 +213,7 @@ static void equal(const char *level, int type, int w_mode, int x_mode, int k)
 
 /* 2^-126 - 1.5 * 2^-151 lies below the normal range but would be lifted to 2^-126 by rounding at
  * the denormal spacing: it counts as denormal, and so as zero. */
-static void bf16_edge(const char *level)
+static void bf16_edge(const char *level, kern_panel_fn fn)
 {
     enum { K = 32, TWO_M63 = 64 << 7, TWO_M75_AND_HALF = 52 << 7 | 64, TWO_M76 = 51 << 7 };
     static uint16_t file[16 * K], x[K + 32];
@@ -228,24 +227,42 @@ static void bf16_edge(const char *level)
     }
     kern_pack(KERN_BF16, 16, K, file, panel);
     kern_rows rows = {.act = KERN_ACT_BF16, .m = 1, .k = K, .h = x, .ldh = K};
-    kern_gemm_now.bf16(y, 16, panel, &rows);
+    fn(y, 16, panel, &rows);
     for (int n = 0; n < 16; n++)
         if (y[n] != (n % 2 ? 0.0f : 0x1p-126f))
             check_fail("%s BF16 at the edge of the normal range: %a", level, (double)y[n]);
 }
 
+/* All shapes and modes of one routine. */
+static void equal_all(const char *level, kern_panel_fn fn, int type)
+{
+    for (int i = 0; i < 3; i++)
+        for (int w = 0; w < N_MODES; w++)
+            for (int x = 0; x < N_MODES; x++)
+                if (k_of(type, i) > 0 && (!check_quick || w == x || x == MODE_RANDOM))
+                    equal(level, fn, type, w, x, k_of(type, i));
+}
+
 void check_panels(const char *level)
 {
-    bf16_edge(level);
+    bf16_edge(level, kern_gemm_now.bf16);
     for (int t = 0; t < check_n_types; t++) {
         int type = check_types[t];
-        if (entry(&kern_gemm_now, type) == entry(&kern_gemm_scalar, type) &&
-            strcmp(level, "scalar") != 0)
+        kern_panel_fn fn = entry(&kern_gemm_now, type);
+        if (fn == entry(&kern_gemm_scalar, type) && strcmp(level, "scalar") != 0)
             printf("  %s of %s is scalar's\n", kern_type_name(type), level);
-        for (int i = 0; i < 3; i++)
-            for (int w = 0; w < N_MODES; w++)
-                for (int x = 0; x < N_MODES; x++)
-                    if (k_of(type, i) > 0 && (!check_quick || w == x || x == MODE_RANDOM))
-                        equal(level, type, w, x, k_of(type, i));
+        equal_all(level, fn, type);
     }
+}
+
+/* The tile routines by themselves, also for the few rows that the level leaves to AVX-512. */
+void check_tiles(void)
+{
+#ifdef __x86_64__
+    bf16_edge("tiles", kern_gemm_tiles.bf16);
+    for (int t = 0; t < check_n_types; t++) {
+        kern_panel_fn fn = entry(&kern_gemm_tiles, check_types[t]);
+        if (fn != NULL) equal_all("tiles", fn, check_types[t]);
+    }
+#endif
 }
