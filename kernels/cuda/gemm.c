@@ -54,11 +54,10 @@ void gpu_gemm_plan(gpu_gemm *g, int split, int smem_limit)
 
 int gpu_gemm_prepare(int smem_limit)
 {
-    for (int i = 0; i < N_TYPES; i++) {
-        int e = gemm_types[i].prepare(smem_limit);
-        if (e != 0) return e;
-    }
-    return 0;
+    int e = gpu_side_prepare();
+    for (int i = 0; i < N_TYPES && e == 0; i++)
+        e = gemm_types[i].prepare(smem_limit);
+    return e;
 }
 
 int gpu_launch_gemm(const gpu_gemm *g, int split, int n_blocks, gpu_stream stream)

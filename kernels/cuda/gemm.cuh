@@ -457,7 +457,12 @@ template <int TYPE> static int launch_type(const gpu_gemm *g, int split, int n_b
 
 template <int TYPE> static int prepare_type(int smem_limit)
 {
-    cudaError_t e = cudaFuncSetAttribute(gemm_kernel<TYPE, 1, GPU_NARROW_COLS / 8, true>,
+    cudaFuncAttributes a;
+    cudaError_t e = cudaFuncGetAttributes(&a, gemm_kernel<TYPE, 1, GPU_NARROW_COLS / 8, true>);
+    if (e == cudaSuccess)
+        e = cudaFuncGetAttributes(&a, gemm_kernel<TYPE, GPU_WIDE_ROWS, GPU_WIDE_COLS / 8, false>);
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute(gemm_kernel<TYPE, 1, GPU_NARROW_COLS / 8, true>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, smem_limit);
     if (e == cudaSuccess)
         e = cudaFuncSetAttribute(gemm_kernel<TYPE, GPU_WIDE_ROWS, GPU_WIDE_COLS / 8, false>,

@@ -62,8 +62,10 @@ typedef struct gpu_gemm {
 /* Fills cut and slots. split: warps share k (few pairs per expert), else each owns rows. */
 void gpu_gemm_plan(gpu_gemm *g, int split, int smem_limit);
 size_t gpu_gemm_smem(const gpu_gemm *g, int split);
-/* Once per device before launches: allows the shared memory that plans may ask for. */
+/* Once per device before launches: loads every kernel, allows the shared memory that plans may ask
+ * for. */
 int gpu_gemm_prepare(int smem_limit);
+int gpu_side_prepare(void); /* a part of it */
 int gpu_launch_gemm(const gpu_gemm *g, int split, int n_blocks, gpu_stream stream);
 /* Blocks of a product kernel that fit on one multiprocessor; 0 on error. */
 int gpu_gemm_occupancy(const gpu_gemm *g, int split);

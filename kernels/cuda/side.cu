@@ -268,3 +268,20 @@ extern "C" int gpu_launch_combine(float *x, const float *y, const int32_t *place
     combine_kernel<<<grid, 256, 0, (cudaStream_t)stream>>>(x, y, place, weights, top_k, hidden);
     return cudaGetLastError();
 }
+
+// Kernels are loaded when first asked for; better here than while a graph is captured.
+template <typename K> static cudaError_t load(K kernel)
+{
+    cudaFuncAttributes a;
+    return cudaFuncGetAttributes(&a, kernel);
+}
+
+extern "C" int gpu_side_prepare(void)
+{
+    cudaError_t e = load(rows_kernel);
+    if (e == cudaSuccess) e = load(list_kernel);
+    if (e == cudaSuccess) e = load(pack_kernel);
+    if (e == cudaSuccess) e = load(gate_kernel);
+    if (e == cudaSuccess) e = load(combine_kernel);
+    return e;
+}
