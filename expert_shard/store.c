@@ -20,6 +20,7 @@ typedef struct load_job {
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t changed;
     int n_done, n_workers;
+    int n_reported; /* the caller's alone: of n_done, what progress has told */
     uint64_t done_bytes, all_bytes;
     ep_status status; /* the first failure */
     ep_err err;
@@ -95,6 +96,7 @@ static void work(load_job *job, bool is_caller)
             atomic_store(&job->failed, 1);
         }
         uint64_t done = job->done_bytes;
+        if (is_caller) job->n_reported = job->n_done;
         pthread_cond_signal(&job->changed);
         pthread_mutex_unlock(&job->lock);
         if (is_caller && status == EP_OK && job->progress != NULL)
@@ -113,19 +115,23 @@ static void *worker_main(void *arg)
     return NULL;
 }
 
-/* The caller has run out of items: reports what the others still finish. */
+/* The caller has run out of items: reports what the others still finish, and what they finished
+ * between the caller's last report and now. */
 static void wait_for_workers(load_job *job)
 {
     pthread_mutex_lock(&job->lock);
-    int seen = job->n_done;
-    while (job->n_workers > 0) {
-        pthread_cond_wait(&job->changed, &job->lock);
-        if (job->n_done == seen || job->progress == NULL) continue;
-        seen = job->n_done;
-        uint64_t done = job->done_bytes;
-        pthread_mutex_unlock(&job->lock);
-        job->progress(job->progress_arg, done, job->all_bytes);
-        pthread_mutex_lock(&job->lock);
+    for (;;) {
+        if (job->n_done > job->n_reported && job->progress != NULL) {
+            job->n_reported = job->n_done;
+            uint64_t done = job->done_bytes;
+            pthread_mutex_unlock(&job->lock);
+            job->progress(job->progress_arg, done, job->all_bytes);
+            pthread_mutex_lock(&job->lock);
+        } else if (job->n_workers > 0) {
+            pthread_cond_wait(&job->changed, &job->lock);
+        } else {
+            break;
+        }
     }
     pthread_mutex_unlock(&job->lock);
 }
