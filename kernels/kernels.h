@@ -132,6 +132,8 @@ float kern_dot(const float *a, const float *b, int n);
 bool kern_softmax(float *x, int n);
 /* exp as the specification computes it (for sampling and the gate, so that all agree). */
 float kern_exp(float x);
+/* y[i] = kern_exp(x[i] - shift); y may be x. */
+void kern_exp_sub(float *y, const float *x, float shift, int n);
 /* y[i] = gate[i] / (1 + exp(-gate[i])) * up[i] */
 void kern_silu_mul(float *y, const float *gate, const float *up, int n);
 /* Rotates one head in place, NEOX layout (pairs i, i + dim/2); cos_sin: dim/2 cosines, dim/2 sines.

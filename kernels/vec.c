@@ -53,6 +53,11 @@ float kern_dot(const float *a, const float *b, int n)
     return kern_vec_now.dot(a, b, n);
 }
 
+void kern_exp_sub(float *y, const float *x, float shift, int n)
+{
+    kern_vec_now.exp_sub(y, x, shift, n);
+}
+
 bool kern_softmax(float *x, int n)
 {
     return kern_vec_now.softmax(x, n);

@@ -171,9 +171,30 @@ static int32_t best_logit(const float *logits, int n)
 }
 
 /* Below this the weight is under 1e-37, about where normal floats end: none. */
+#define NO_WEIGHT (-86.0f)
+
 static double weight(float x)
 {
-    return x < -86.0f ? 0.0 : (double)kern_exp(x);
+    return x < NO_WEIGHT ? 0.0 : (double)kern_exp(x);
+}
+
+enum { BLOCK = 256 };
+
+/* Sum of weights over n values, added in their order: a pass over a vocabulary, so exp runs in
+ * blocks. */
+static double weigh_all(const float *x, const candidate *a, float shift, int n)
+{
+    float block[BLOCK], e[BLOCK];
+    double total = 0.0;
+    for (int at = 0; at < n; at += BLOCK) {
+        int m = n - at < BLOCK ? n - at : BLOCK;
+        for (int i = 0; i < m; i++)
+            block[i] = (a != NULL ? a[at + i].x : x[at + i]) - shift;
+        kern_exp_sub(e, block, 0.0f, m);
+        for (int i = 0; i < m; i++)
+            total += block[i] < NO_WEIGHT ? 0.0 : (double)e[i];
+    }
+    return total;
 }
 
 /* Steps 3 to 7. a holds x of step 2, ids ascending. */
@@ -182,8 +203,7 @@ static int32_t draw(const router_sampling *p, candidates *c, double u)
     int keep = p->top_k > 0 && p->top_k < c->n ? p->top_k : c->n;
     double total = 0.0;
     if (keep == c->n) {
-        for (int i = 0; i < c->n; i++)
-            total += weight(c->a[i].x);
+        total = weigh_all(NULL, c->a, 0.0f, c->n);
         heapify(c);
     } else {
         heapify(c);
@@ -291,12 +311,10 @@ ep_status router_logprobs(const float *logits, int vocab, int32_t token, double 
     float max = logits[0];
     for (int i = 1; i < vocab; i++)
         max = logits[i] > max ? logits[i] : max;
-    double sum = 0.0;
+    double sum = weigh_all(logits, NULL, max, vocab);
     int n = 0;
-    for (int i = 0; i < vocab; i++) {
-        sum += weight(logits[i] - max);
+    for (int i = 0; n_top > 0 && i < vocab; i++)
         top_insert(top, &n, n_top, i, logits[i]);
-    }
     double log_sum = (double)max + log_fixed(sum);
     for (int i = 0; i < n; i++)
         top[i].logprob -= log_sum;

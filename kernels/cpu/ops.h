@@ -73,6 +73,7 @@ typedef struct kern_vec {
     void (*add)(float *y, const float *x, int n);
     float (*dot)(const float *a, const float *b, int n);
     bool (*softmax)(float *x, int n);
+    void (*exp_sub)(float *y, const float *x, float shift, int n);
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
     void (*rope)(float *x, const float *cos_sin, int dim);
     void (*attn_head)(float *out, const kern_attn_args *a, float *scores);

@@ -262,6 +262,16 @@ static bool softmax(float *x, int n)
     return true;
 }
 
+static void exp_sub(float *y, const float *x, float shift, int n)
+{
+    const __m256 minus = _mm256_set1_ps(shift);
+    for (int i = 0; i < n; i += 8) {
+        __m256i mask = tail_mask(n - i < 8 ? n - i : 8);
+        _mm256_maskstore_ps(y + i, mask,
+                            exp8(_mm256_sub_ps(_mm256_maskload_ps(x + i, mask), minus)));
+    }
+}
+
 INLINE __m256 silu8(__m256 gate, __m256 up)
 {
     __m256 e = exp8(_mm256_xor_ps(gate, _mm256_set1_ps(-0.0f)));
@@ -393,6 +403,7 @@ const kern_vec kern_vec_avx2 = {
     .add = add,
     .dot = dot,
     .softmax = softmax,
+    .exp_sub = exp_sub,
     .silu_mul = silu_mul,
     .rope = rope,
     .attn_head = attn_head,

@@ -226,6 +226,16 @@ static bool softmax(float *x, int n)
     return true;
 }
 
+static void exp_sub(float *y, const float *x, float shift, int n)
+{
+    const __m512 minus = _mm512_set1_ps(shift);
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 mask = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : (__mmask16)0xffff;
+        __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), minus));
+        _mm512_mask_storeu_ps(y + i, mask, e);
+    }
+}
+
 INLINE __m512 silu16(__m512 gate, __m512 up)
 {
     __m512 e = exp16(_mm512_xor_ps(gate, _mm512_set1_ps(-0.0f)));
@@ -511,6 +521,7 @@ const kern_vec kern_vec_avx512 = {
     .add = add,
     .dot = dot,
     .softmax = softmax,
+    .exp_sub = exp_sub,
     .silu_mul = silu_mul,
     .rope = rope,
     .attn_head = attn_head,

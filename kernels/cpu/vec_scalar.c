@@ -169,6 +169,12 @@ static bool softmax(float *x, int n)
     return true;
 }
 
+static void exp_sub(float *y, const float *x, float shift, int n)
+{
+    for (int i = 0; i < n; i++)
+        y[i] = kern_exp(x[i] - shift);
+}
+
 static void silu_mul(float *y, const float *gate, const float *up, int n)
 {
     for (int i = 0; i < n; i++)
@@ -212,6 +218,7 @@ const kern_vec kern_vec_scalar = {
     .add = add,
     .dot = dot,
     .softmax = softmax,
+    .exp_sub = exp_sub,
     .silu_mul = silu_mul,
     .rope = rope,
     .attn_head = attn_head,

@@ -175,6 +175,10 @@ static void check_elements(const char *level, const kern_vec *v, int mode, int n
     bool a_ok = s->softmax(w, n), b_ok = v->softmax(g, n);
     if (a_ok != b_ok) fail("%s softmax, %s, n %d: says %d", level, mode_names[mode], n, b_ok);
     if (a_ok) compare(level, "softmax", mode, n);
+    begin(n);
+    s->exp_sub(w, in_a, 0.75f, n);
+    v->exp_sub(g, in_a, 0.75f, n);
+    compare(level, "exp_sub", mode, n);
     if (n % 2 == 0) {
         begin(n);
         s->rope(w, in_b, n);

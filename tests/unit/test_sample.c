@@ -3,6 +3,7 @@
  * exactly, the distribution of draws by chi-square against probabilities computed here (seeds are
  * fixed, so the figure is too), replay of single positions, and inputs that must be refused.
  */
+#include "kernels/kernels.h"
 #include "router_node/sample.h"
 #include "tests/test.h"
 
@@ -452,5 +453,10 @@ int main(int argc, char **argv)
         {"refused", test_refused},   {"no_allocation", test_no_allocation},
         {"logprobs", test_logprobs},
     };
+    ep_err err = {{0}};
+    if (kern_select("auto", &err) != EP_OK) {
+        printf("%s\n", err.text);
+        return 1;
+    }
     return test_main(argc, argv, cases, (int)(sizeof(cases) / sizeof(cases[0])));
 }
