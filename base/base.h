@@ -135,6 +135,9 @@ uint32_t ep_get_u32(ep_cursor *c);
 uint64_t ep_get_u64(ep_cursor *c);
 float ep_get_f32(ep_cursor *c);
 const uint8_t *ep_get_bytes(ep_cursor *c, size_t n); /* borrowed; NULL and bad when short */
+/* n (at most 8) little-endian bytes at p, whose presence the caller has checked. */
+uint64_t ep_load_le(const uint8_t *p, size_t n);
+void ep_store_le(uint8_t *p, uint64_t v, size_t n);
 
 /* ---- worker pool -------------------------------------------------------------------------------
  */

@@ -28,13 +28,24 @@ const uint8_t *ep_get_bytes(ep_cursor *c, size_t n)
     return p;
 }
 
+uint64_t ep_load_le(const uint8_t *p, size_t n)
+{
+    uint64_t v = 0;
+    for (size_t i = 0; i < n; i++)
+        v |= (uint64_t)p[i] << (8 * i);
+    return v;
+}
+
+void ep_store_le(uint8_t *p, uint64_t v, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        p[i] = (uint8_t)(v >> (8 * i));
+}
+
 static uint64_t get_le(ep_cursor *c, size_t n)
 {
     const uint8_t *p = ep_get_bytes(c, n);
-    uint64_t v = 0;
-    for (size_t i = 0; p != NULL && i < n; i++)
-        v |= (uint64_t)p[i] << (8 * i);
-    return v;
+    return p != NULL ? ep_load_le(p, n) : 0;
 }
 
 uint8_t ep_get_u8(ep_cursor *c)

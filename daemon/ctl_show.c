@@ -73,25 +73,34 @@ static void status_text(const Moed__Status *s)
     }
 }
 
-int ctl_status(const ctl_options *o)
+/* One question, one answer of a kind, shown as the options say. Exit status. */
+static int show(const ctl_options *o, const Moed__Envelope *question, Moed__Envelope__BodyCase kind,
+                void (*print)(const ctl_options *o, const Moed__Envelope *answer))
 {
-    Moed__StatusQuery q = MOED__STATUS_QUERY__INIT;
-    Moed__Envelope e = MOED__ENVELOPE__INIT;
     proto_frame f;
     ctl c;
-    e.body_case = MOED__ENVELOPE__BODY_STATUS_QUERY;
-    e.status_query = &q;
     if (!ctl_open(&c, o->address)) return 2;
-    bool ok = ctl_ask(&c, &e, MOED__ENVELOPE__BODY_STATUS, &f);
+    bool ok = ctl_ask(&c, question, kind, &f);
     if (ok) {
-        if (o->json)
-            status_json(f.envelope->status);
-        else
-            status_text(f.envelope->status);
+        print(o, f.envelope);
         proto_frame_free(&f);
     }
     ctl_close(&c);
     return ok ? 0 : 1;
+}
+
+static void print_status(const ctl_options *o, const Moed__Envelope *e)
+{
+    (o->json ? status_json : status_text)(e->status);
+}
+
+int ctl_status(const ctl_options *o)
+{
+    Moed__StatusQuery q = MOED__STATUS_QUERY__INIT;
+    Moed__Envelope e = MOED__ENVELOPE__INIT;
+    e.body_case = MOED__ENVELOPE__BODY_STATUS_QUERY;
+    e.status_query = &q;
+    return show(o, &e, MOED__ENVELOPE__BODY_STATUS, print_status);
 }
 
 /* ---- stats ---- */
@@ -189,47 +198,39 @@ static void rank_text(const Moed__RankStats *r)
     printf("\n\n");
 }
 
+static void print_stats(const ctl_options *o, const Moed__Envelope *e)
+{
+    if (o->json)
+        stats_json(e->stats);
+    else
+        for (size_t i = 0; i < e->stats->n_ranks; i++)
+            rank_text(e->stats->ranks[i]);
+}
+
 int ctl_stats(const ctl_options *o)
 {
     Moed__StatsQuery q = MOED__STATS_QUERY__INIT;
     Moed__Envelope e = MOED__ENVELOPE__INIT;
-    proto_frame f;
-    ctl c;
     e.body_case = MOED__ENVELOPE__BODY_STATS_QUERY;
     e.stats_query = &q;
-    if (!ctl_open(&c, o->address)) return 2;
-    bool ok = ctl_ask(&c, &e, MOED__ENVELOPE__BODY_STATS, &f);
-    if (ok) {
-        const Moed__Stats *s = f.envelope->stats;
-        if (o->json)
-            stats_json(s);
-        else
-            for (size_t i = 0; i < s->n_ranks; i++)
-                rank_text(s->ranks[i]);
-        proto_frame_free(&f);
-    }
-    ctl_close(&c);
-    return ok ? 0 : 1;
+    return show(o, &e, MOED__ENVELOPE__BODY_STATS, print_stats);
 }
 
 /* ---- drain, inspect ---- */
+
+static void print_drained(const ctl_options *o, const Moed__Envelope *e)
+{
+    (void)e;
+    printf(o->json ? "{\"drained\":true}\n" : "drained\n");
+}
 
 int ctl_drain(const ctl_options *o)
 {
     Moed__Drain d = MOED__DRAIN__INIT;
     Moed__Envelope e = MOED__ENVELOPE__INIT;
-    proto_frame f;
-    ctl c;
     e.body_case = MOED__ENVELOPE__BODY_DRAIN;
     e.drain = &d;
-    if (!ctl_open(&c, o->address)) return 2;
-    bool ok = ctl_ask(&c, &e, MOED__ENVELOPE__BODY_DRAINED, &f);
-    if (ok) {
-        printf(o->json ? "{\"drained\":true}\n" : "drained\n");
-        proto_frame_free(&f);
-    }
-    ctl_close(&c);
-    return ok ? 0 : 1;
+    return show(o, &e, MOED__ENVELOPE__BODY_DRAINED, print_drained);
 }
 
 int ctl_inspect(const ctl_options *o)

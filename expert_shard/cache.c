@@ -61,12 +61,6 @@ static uint64_t place_all(const model *m, layer_place *layers)
     return at;
 }
 
-static void put_le(uint8_t *p, uint64_t v, int n)
-{
-    for (int i = 0; i < n; i++)
-        p[i] = (uint8_t)(v >> (8 * i));
-}
-
 static uint64_t head_bytes(const model *m)
 {
     return HEADER_BYTES +
@@ -80,26 +74,26 @@ static void encode_head(const model *m, const layer_place *layers, const uint64_
     const model_shape *s = &m->shape;
     uint64_t n = head_bytes(m);
     memset(out, 0, n);
-    put_le(out, MAGIC, 8);
-    put_le(out + 8, VERSION, 4);
-    put_le(out + 12, KERN_PACK_VERSION, 4);
-    put_le(out + 16, m->digest, 8);
-    put_le(out + 24, (uint64_t)s->n_layers, 4);
-    put_le(out + 28, (uint64_t)s->n_experts, 4);
-    put_le(out + 32, (uint64_t)s->hidden, 4);
-    put_le(out + 36, (uint64_t)s->inter, 4);
+    ep_store_le(out, MAGIC, 8);
+    ep_store_le(out + 8, VERSION, 4);
+    ep_store_le(out + 12, KERN_PACK_VERSION, 4);
+    ep_store_le(out + 16, m->digest, 8);
+    ep_store_le(out + 24, (uint64_t)s->n_layers, 4);
+    ep_store_le(out + 28, (uint64_t)s->n_experts, 4);
+    ep_store_le(out + 32, (uint64_t)s->hidden, 4);
+    ep_store_le(out + 36, (uint64_t)s->inter, 4);
     uint8_t *at = out + HEADER_BYTES;
     for (int l = 0; l < s->n_layers; l++, at += LAYER_BYTES) {
         for (int i = 0; i < 3; i++)
-            put_le(at + 4 * i, layers[l].types[i], 4);
-        put_le(at + 16, layers[l].gate_up_at, 8);
-        put_le(at + 24, layers[l].gate_up_stride, 8);
-        put_le(at + 32, layers[l].down_at, 8);
-        put_le(at + 40, layers[l].down_stride, 8);
+            ep_store_le(at + 4 * i, layers[l].types[i], 4);
+        ep_store_le(at + 16, layers[l].gate_up_at, 8);
+        ep_store_le(at + 24, layers[l].gate_up_stride, 8);
+        ep_store_le(at + 32, layers[l].down_at, 8);
+        ep_store_le(at + 40, layers[l].down_stride, 8);
     }
     for (int i = 0; i < s->n_layers * s->n_experts; i++, at += 8)
-        put_le(at, checksums[i], 8);
-    put_le(at, XXH3_64bits(out, n - 8), 8);
+        ep_store_le(at, checksums[i], 8);
+    ep_store_le(at, XXH3_64bits(out, n - 8), 8);
 }
 
 /* ---- writing ---- */
@@ -234,32 +228,24 @@ done:
 
 /* ---- reading ---- */
 
-static uint64_t get_le(const uint8_t *p, int n)
-{
-    uint64_t v = 0;
-    for (int i = 0; i < n; i++)
-        v |= (uint64_t)p[i] << (8 * i);
-    return v;
-}
-
 /* The head must be exactly what this model and this program would write, checksums aside. */
 static ep_status check_head(shard_cache *c, const model *m, uint8_t *head, uint8_t *expected,
                             uint64_t size, ep_err *err)
 {
     uint64_t n = head_bytes(m);
-    if (get_le(head, 8) != MAGIC)
+    if (ep_load_le(head, 8) != MAGIC)
         return ep_fail(err, EP_ERR_INVALID, "%s: not a packed cache", c->path);
-    if (get_le(head + 8, 4) != VERSION || get_le(head + 12, 4) != KERN_PACK_VERSION)
+    if (ep_load_le(head + 8, 4) != VERSION || ep_load_le(head + 12, 4) != KERN_PACK_VERSION)
         return ep_fail(err, EP_ERR_INVALID,
                        "%s: made by another version of moed; run moectl pack again", c->path);
-    if (get_le(head + 16, 8) != m->digest)
+    if (ep_load_le(head + 16, 8) != m->digest)
         return ep_fail(err, EP_ERR_INVALID,
                        "%s: made from another model file; run moectl pack again", c->path);
-    if (get_le(head + n - 8, 8) != XXH3_64bits(head, n - 8))
+    if (ep_load_le(head + n - 8, 8) != XXH3_64bits(head, n - 8))
         return ep_fail(err, EP_ERR_INVALID, "%s: its head is damaged", c->path);
     const uint8_t *sums = head + HEADER_BYTES + (size_t)c->n_layers * LAYER_BYTES;
     for (int i = 0; i < c->n_layers * c->n_experts; i++)
-        c->checksums[i] = get_le(sums + 8 * i, 8);
+        c->checksums[i] = ep_load_le(sums + 8 * i, 8);
     uint64_t want = place_all(m, c->layers);
     encode_head(m, c->layers, c->checksums, expected);
     if (memcmp(head, expected, n) != 0)

@@ -189,19 +189,11 @@ static ep_status load_all(shard_store *s, const shard_options *opt, ep_err *err)
     return EP_OK;
 }
 
-/* The common form of gate and up, else floats: what a router works out for itself from the same
- * file. */
-static kern_act form_of_types(int gate_type, int up_type)
-{
-    kern_act form = kern_type_act(gate_type);
-    return form == kern_type_act(up_type) ? form : KERN_ACT_F32;
-}
-
 static ep_status open_stacks(shard_store *s, const model *m, ep_err *err)
 {
     for (int l = 0; l < s->n_layers; l++) {
         const model_layer *layer = &m->layers[l];
-        s->forms[l] = form_of_types(layer->gate_exps->type, layer->up_exps->type);
+        s->forms[l] = kern_gate_up_act(layer->gate_exps->type, layer->up_exps->type);
         if (s->n_owned == 0) continue;
         compute_shape shape = {.gate_type = layer->gate_exps->type,
                                .up_type = layer->up_exps->type,

@@ -73,6 +73,12 @@ kern_act kern_type_act(int type)
     return t != NULL ? t->act : KERN_ACT_F32;
 }
 
+kern_act kern_gate_up_act(int gate_type, int up_type)
+{
+    kern_act gate = kern_type_act(gate_type);
+    return gate == kern_type_act(up_type) ? gate : KERN_ACT_F32;
+}
+
 int kern_act_block(kern_act act)
 {
     switch (act) {

@@ -136,6 +136,9 @@ size_t kern_type_row_bytes(int type, int k);
 
 /* The activation form that a weight type consumes. */
 kern_act kern_type_act(int type);
+/* The form in which rows meet a gate and an up matrix: the one they have in common, else floats.
+ * Router and shard follow this rule each for itself, so it stands here once. */
+kern_act kern_gate_up_act(int gate_type, int up_type);
 /* Bytes of one activation row of k values, a multiple of 4. k must be a multiple of the block. */
 size_t kern_act_row_bytes(kern_act act, int k);
 int kern_act_block(kern_act act); /* 256, 32, 128; 1 for F32 and BF16 */

@@ -57,6 +57,5 @@ uint64_t kern_stack_checksum(const kern_stack *s, int expert_i)
 
 kern_act kern_stack_act(const kern_stack *s)
 {
-    kern_act gate = kern_type_act(s->gate_type), up = kern_type_act(s->up_type);
-    return gate == up ? gate : KERN_ACT_F32;
+    return kern_gate_up_act(s->gate_type, s->up_type);
 }

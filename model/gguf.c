@@ -107,20 +107,12 @@ static const char *get_string(ep_cursor *c, size_t *n)
 /* ---- values -------------------------------------------------------------------------------------
  */
 
-static uint64_t load_le(const uint8_t *p, size_t n)
-{
-    uint64_t v = 0;
-    for (size_t i = 0; i < n; i++)
-        v |= (uint64_t)p[i] << (8 * i);
-    return v;
-}
-
 bool gguf_int_at(const gguf_key *k, uint64_t i, bool *negative, uint64_t *magnitude)
 {
     gguf_kind kind = k->kind == GGUF_ARRAY ? k->elem : k->kind;
     size_t n = kinds[kind].bytes;
     if (i >= k->n || n == 0 || kind == GGUF_F32 || kind == GGUF_F64) return false;
-    uint64_t v = load_le(k->data + i * n, n);
+    uint64_t v = ep_load_le(k->data + i * n, n);
     bool is_signed = kind == GGUF_I8 || kind == GGUF_I16 || kind == GGUF_I32 || kind == GGUF_I64;
     *negative = is_signed && (v >> (8 * n - 1)) != 0;
     /* Two's complement within n bytes: the magnitude of the smallest value still fits. */
@@ -134,14 +126,14 @@ bool gguf_float_at(const gguf_key *k, uint64_t i, double *out)
     gguf_kind kind = k->kind == GGUF_ARRAY ? k->elem : k->kind;
     if (i >= k->n) return false;
     if (kind == GGUF_F32) {
-        uint32_t bits = (uint32_t)load_le(k->data + 4 * i, 4);
+        uint32_t bits = (uint32_t)ep_load_le(k->data + 4 * i, 4);
         float v;
         memcpy(&v, &bits, 4);
         *out = (double)v;
         return true;
     }
     if (kind == GGUF_F64) {
-        uint64_t bits = load_le(k->data + 8 * i, 8);
+        uint64_t bits = ep_load_le(k->data + 8 * i, 8);
         memcpy(out, &bits, 8);
         return true;
     }
@@ -164,8 +156,8 @@ bool gguf_string_at(const gguf_key *k, uint64_t i, const char **s, size_t *n)
     /* Walk from the last mark; the parse saw every length, so they are within the map. */
     const uint8_t *p = k->data + k->marks[i / GGUF_MARK];
     for (uint64_t skip = i % GGUF_MARK; skip > 0; skip--)
-        p += 8 + load_le(p, 8);
-    *n = (size_t)load_le(p, 8);
+        p += 8 + ep_load_le(p, 8);
+    *n = (size_t)ep_load_le(p, 8);
     *s = (const char *)p + 8;
     return true;
 }

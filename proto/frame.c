@@ -22,12 +22,6 @@ static void counted_free(void *arg, void *p)
 
 static ProtobufCAllocator allocator = {.alloc = counted_alloc, .free = counted_free};
 
-static void put_le(uint8_t *p, uint64_t v, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        p[i] = (uint8_t)(v >> (8 * i));
-}
-
 size_t proto_frame_size(const Moed__Envelope *e, size_t payload_bytes)
 {
     return PROTO_FRAME_BYTES + moed__envelope__get_packed_size(e) + payload_bytes;
@@ -37,9 +31,9 @@ void proto_frame_put(uint8_t *dst, const Moed__Envelope *e, const void *payload,
                      size_t payload_bytes)
 {
     size_t n = moed__envelope__pack(e, dst + PROTO_FRAME_BYTES);
-    put_le(dst, PROTO_FRAME_MAGIC, 4);
-    put_le(dst + 4, n, 4);
-    put_le(dst + 8, payload_bytes, 8);
+    ep_store_le(dst, PROTO_FRAME_MAGIC, 4);
+    ep_store_le(dst + 4, n, 4);
+    ep_store_le(dst + 8, payload_bytes, 8);
     if (payload_bytes > 0) memcpy(dst + PROTO_FRAME_BYTES + n, payload, payload_bytes);
 }
 

@@ -62,7 +62,9 @@ int router_slice_rows(const model *m, const kern_act *forms, int top_k, int max_
     uint32_t hidden = (uint32_t)m->shape.hidden, k = (uint32_t)(top_k > 0 ? top_k : m->shape.top_k);
     int rows = max_tokens_per_step;
     for (int i = 0; max_message != 0 && i < m->shape.n_layers; i++) {
-        kern_act form = forms != NULL ? forms[i] : router_layer_form(&m->layers[i]);
+        kern_act form = forms != NULL ? forms[i]
+                                      : kern_gate_up_act(m->layers[i].gate_exps->type,
+                                                         m->layers[i].up_exps->type);
         while (rows > 0 &&
                (wire_slice_bytes(form, hidden, (uint32_t)rows, (uint32_t)rows * k) > max_message ||
                 wire_reply_bytes(hidden, (uint32_t)rows * k) > max_message))

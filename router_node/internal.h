@@ -28,7 +28,6 @@ typedef struct router_weights {
     int n_positions;
 } router_weights;
 
-kern_act router_layer_form(const model_layer *layer);
 ep_status router_weights_open(router_weights *w, const model *m, int n_positions,
                               const kern_act *forms, ep_err *err);
 void router_weights_close(router_weights *w);

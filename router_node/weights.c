@@ -100,13 +100,6 @@ static ep_status put_all(placer *p, router_weights *w, const model *m, ep_err *e
     return status;
 }
 
-/* The rule that router and shard follow by themselves: the form that gate and up have in common. */
-kern_act router_layer_form(const model_layer *layer)
-{
-    kern_act gate = kern_type_act(layer->gate_exps->type), up = kern_type_act(layer->up_exps->type);
-    return gate == up ? gate : KERN_ACT_F32;
-}
-
 ep_status router_weights_open(router_weights *w, const model *m, int n_positions,
                               const kern_act *forms, ep_err *err)
 {
@@ -116,7 +109,9 @@ ep_status router_weights_open(router_weights *w, const model *m, int n_positions
     if (w->layers == NULL)
         return ep_fail(err, EP_ERR_NOMEM, "no memory for %d layers", m->shape.n_layers);
     for (int i = 0; i < m->shape.n_layers; i++)
-        w->layers[i].form = forms != NULL ? forms[i] : router_layer_form(&m->layers[i]);
+        w->layers[i].form = forms != NULL ? forms[i]
+                                          : kern_gate_up_act(m->layers[i].gate_exps->type,
+                                                             m->layers[i].up_exps->type);
 
     placer p = {.file = m->file};
     ep_status status = put_all(&p, w, m, err);

@@ -1,4 +1,2 @@
 # After daemon.cmake in the order of names, which defines moed_cluster_test.
-if(TARGET moed AND TARGET moectl)
-  moed_cluster_test(dist_clients 180 clients.py)
-endif()
+moed_cluster_test(dist_clients 180 clients.py)

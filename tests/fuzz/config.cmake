@@ -1,3 +1,1 @@
-if(TARGET moed_config)
-  moed_fuzz(config LIBS moed_config)
-endif()
+moed_fuzz(config LIBS moed_config)

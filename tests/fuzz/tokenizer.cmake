@@ -1,3 +1,1 @@
-if(TARGET moed_model)
-  moed_fuzz(tokenizer LIBS moed_model)
-endif()
+moed_fuzz(tokenizer LIBS moed_model)

@@ -1,3 +1,1 @@
-if(TARGET moed_config)
-  moed_test(test_config LABEL unit TIMEOUT 60 SOURCES unit/test_config.c LIBS moed_config)
-endif()
+moed_test(test_config LABEL unit TIMEOUT 60 SOURCES unit/test_config.c LIBS moed_config)

@@ -1,3 +1,1 @@
-if(TARGET moed_model)
-  moed_test(test_placement LABEL unit TIMEOUT 60 SOURCES unit/test_placement.c LIBS moed_model)
-endif()
+moed_test(test_placement LABEL unit TIMEOUT 60 SOURCES unit/test_placement.c LIBS moed_model)

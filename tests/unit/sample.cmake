@@ -1,5 +1,1 @@
-if(TARGET moed_router)
-  moed_test(test_sample LABEL unit TIMEOUT 60 SOURCES unit/test_sample.c LIBS moed_router m)
-elseif(TARGET moed_kernels)
-  moed_test(test_sample LABEL unit TIMEOUT 60 SOURCES unit/test_sample.c ../router_node/sample.c LIBS moed_kernels m)
-endif()
+moed_test(test_sample LABEL unit TIMEOUT 60 SOURCES unit/test_sample.c LIBS moed_router m)

@@ -1,4 +1,1 @@
-if(TARGET moed_model)
-  pkg_check_modules(JANSSON REQUIRED IMPORTED_TARGET jansson)
-  moed_test(test_tokenizer LABEL unit TIMEOUT 60 SOURCES unit/test_tokenizer.c LIBS moed_model PkgConfig::JANSSON)
-endif()
+moed_test(test_tokenizer LABEL unit TIMEOUT 60 SOURCES unit/test_tokenizer.c LIBS moed_model PkgConfig::JANSSON)
