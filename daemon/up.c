@@ -90,10 +90,11 @@ static void relaunch(up *u)
     }
 }
 
-static bool all_drained(const up *u)
+/* Ranks hang up first: a daemon that did so before them would look lost to one still closing. */
+static bool all_hung_up(const up *u)
 {
     for (int i = 0; i < u->n_ranks; i++)
-        if (!u->ranks[i].drained && u->ranks[i].bev != NULL) return false;
+        if (u->ranks[i].bev != NULL) return false;
     return true;
 }
 
@@ -111,7 +112,7 @@ static void advance_drain(up *u)
         }
         ranks_drain(u);
     }
-    if (u->mpirun == 0 && all_drained(u)) leave(u, 0);
+    if (u->mpirun == 0 && all_hung_up(u)) leave(u, 0);
 }
 
 void up_advance(up *u)

@@ -25,7 +25,8 @@ enum {
     READ_BYTES = 64 << 10,
     BEAT_MS = 1000,
     DIAL_TRIES = 100,
-    DIAL_PAUSE_MS = 100
+    DIAL_PAUSE_MS = 100,
+    HUNG_UP_MS = 200
 };
 
 struct uplink {
@@ -39,6 +40,7 @@ struct uplink {
     ep_buf received;
     rank_item *pending; /* the queue has no room for it: nothing is read meanwhile */
     atomic_bool stop;
+    bool gone; /* the daemon hung up while the engine was closing: nothing is left to do */
 };
 
 void rank_item_free(rank_item *item)
@@ -55,6 +57,17 @@ static void leave(const char *why)
 {
     log_info("leaving: %s", why);
     _exit(0);
+}
+
+/* The connection is no more. Its last frame may be why the daemon refuses this rank, so the engine
+ * gets a moment to say that. An engine that closes in this moment goes on to its own end: other
+ * ranks may be waiting for it in MPI_Finalize. */
+static void hung_up(uplink *u, const char *why)
+{
+    for (int i = 0; i < HUNG_UP_MS && !atomic_load(&u->stop); i++)
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    if (!atomic_load(&u->stop)) leave(why);
+    u->gone = true;
 }
 
 /* Never waits for the engine: it may be waiting for this thread to write. */
@@ -87,13 +100,9 @@ static void receive(uplink *u)
     if (ep_buf_reserve(&u->received, READ_BYTES) != EP_OK) leave("out of memory");
     ssize_t n = recv(u->fd, u->received.data + u->received.len, u->received.cap - u->received.len,
                      MSG_DONTWAIT);
-    if (n == 0) {
-        /* Its last frame may be why it refuses this rank: the engine gets a moment to say so and
-         * leave. */
-        nanosleep(&(struct timespec){.tv_nsec = 200000000}, NULL);
-        leave("the daemon closed the connection");
-    }
-    if (n < 0 && errno != EAGAIN && errno != EINTR) leave("the connection to the daemon broke");
+    if (n == 0) hung_up(u, "the daemon closed the connection");
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
+        hung_up(u, "the connection to the daemon broke");
     if (n > 0) {
         u->received.len += (size_t)n;
         deliver(u);
@@ -118,7 +127,10 @@ static bool transmit(uplink *u)
         ssize_t n = send(u->fd, u->writing.data + u->written, u->writing.len - u->written,
                          MSG_DONTWAIT | MSG_NOSIGNAL);
         if (n < 0 && (errno == EAGAIN || errno == EINTR)) return true;
-        if (n < 0) leave("the connection to the daemon broke");
+        if (n < 0) {
+            hung_up(u, "the connection to the daemon broke");
+            return false;
+        }
         u->written += (size_t)n;
     }
 }
@@ -146,7 +158,7 @@ static void *thread_main(void *arg)
     for (;;) {
         bool stopping = atomic_load(&u->stop);
         bool more = transmit(u);
-        if (stopping && !more) return NULL;
+        if (u->gone || (stopping && !more)) return NULL;
         bool full = u->pending != NULL;
         struct pollfd p[2] = {{.fd = full && !more ? -1 : u->fd,
                                .events = (short)((full ? 0 : POLLIN) | (more ? POLLOUT : 0))},
