@@ -13,4 +13,5 @@ moed_add_test(net_oversize dist 120 ${net_run} 3 $<TARGET_FILE:net_mpi> oversize
 moed_add_test(net_idle dist 120 ${net_run} 3 $<TARGET_FILE:net_mpi> idle)
 foreach(loss death stopped flood)
   moed_add_test(net_${loss} dist 120 ${PROJECT_SOURCE_DIR}/tests/dist/net_loss.sh $<TARGET_FILE:net_mpi> ${loss})
+  set_tests_properties(net_${loss} PROPERTIES RUN_SERIAL ON)
 endforeach()

@@ -23,7 +23,9 @@
 #define MAX_RANKS 16
 #define SEED      UINT64_C(0x9e3779b97f4a7c15)
 #define LIMIT_MS  60000
-#define GOODBYE   400 /* the number of the short message that says: I have got everything */
+#define LOST_MS   5000 /* a peer that a busy machine holds up for longer would rightly be given up \
+                        */
+#define GOODBYE 400    /* the number of the short message that says: I have got everything */
 
 static int rank, n_ranks, n_bad;
 
@@ -202,7 +204,8 @@ static void run_loss(int sig)
     const int victim = n_ranks - 1, credit = 8;
     pid_t pids[MAX_RANKS], pid = getpid();
     if (net_mpi_allgather(&pid, sizeof(pid), pids) != EP_OK) _exit(1);
-    talk t = {.n = open_net(200 << 10, 64, credit, 1000), .max = 200 << 10, .n_messages = GOODBYE};
+    talk t = {
+        .n = open_net(200 << 10, 64, credit, LOST_MS), .max = 200 << 10, .n_messages = GOODBYE};
     ep_time deadline = ep_time_after_ms(ep_now(), LIMIT_MS);
     while (!ep_time_is_past(deadline, ep_now())) {
         bool sent = talk_send(&t), received = talk_receive(&t);
@@ -245,7 +248,7 @@ static void send_bytes(net *n, int peer, size_t bytes)
 static void run_flood(void)
 {
     const int victim = n_ranks - 1;
-    net *n = open_net(4096, 64, 16, 2000);
+    net *n = open_net(4096, 64, 16, LOST_MS);
     ep_time deadline = ep_time_after_ms(ep_now(), LIMIT_MS);
     if (rank == victim) raise(SIGKILL);
     if (rank != 0) {

@@ -24,7 +24,8 @@ static int listen_at(char *address, size_t n)
     snprintf(address, n, "unix:%s", a.sun_path);
     unlink(a.sun_path);
     int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-    if (fd < 0 || bind(fd, (struct sockaddr *)&a, sizeof(a)) != 0 || listen(fd, 1) != 0) exit(BROKEN);
+    if (fd < 0 || bind(fd, (struct sockaddr *)&a, sizeof(a)) != 0 || listen(fd, 1) != 0)
+        exit(BROKEN);
     return fd;
 }
 
