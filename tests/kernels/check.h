@@ -10,7 +10,8 @@
 #include <stdint.h>
 #include "kernels/cpu/ops.h"
 
-extern bool check_quick; /* small shapes, for emulated machines */
+extern bool check_quick;    /* small shapes, for emulated machines */
+extern bool check_emulated; /* AMX in software: every shape of tiles, few patterns of data */
 extern int check_failures;
 extern const int check_types[];
 extern const int check_n_types;
@@ -45,7 +46,7 @@ double check_rows_value(const kern_rows *v, int r, int i);
 void check_packing(void);
 void check_scalar_bounds(void);
 void check_panels(const char *level);
-void check_tiles(void); /* the level must be amx */
+void check_tiles(void); /* the level must be amx, or AMX be emulated */
 void check_linear(const char *level);
 void check_ffn(const char *level);
 

@@ -1,7 +1,11 @@
 /*
- * check_kernels [--isa LEVEL] [--quick] [--seed N]: runs every check for one level or for all that
- * this machine has. Exit status 77 if the level asked for is missing here.
+ * check_kernels [--isa LEVEL | --emulate-amx] [--quick] [--seed N]: runs every check for one level
+ * or for all that this machine has. Exit status 77 if the level asked for is missing here.
+ *
+ * --emulate-amx proves the AMX code where the processor has no AMX, by its tables: kern_select goes
+ * on refusing the level.
  */
+#include "amx_emulation.h"
 #include "check.h"
 
 #include <stdarg.h>
@@ -9,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-bool check_quick;
+bool check_quick, check_emulated;
 int check_failures;
 const int check_types[] = {KERN_F32,  KERN_F16,  KERN_BF16, KERN_Q4_0, KERN_Q5_0,
                            KERN_Q8_0, KERN_Q4_K, KERN_Q5_K, KERN_Q6_K, KERN_GPTQ4};
@@ -74,21 +78,74 @@ static void run_level(const char *level)
     check_ffn(level);
 }
 
+/* Runs a check, which fails too if it met no tile instruction. */
+static void run_emulated_check(const char *name, void (*check)(const char *), bool quick)
+{
+    const uint64_t before = amx_emulation_count();
+    step(name, "amx, emulated");
+    check_quick = quick;
+    check("amx");
+    const uint64_t n = amx_emulation_count() - before;
+    printf("  %llu instructions emulated\n", (unsigned long long)n);
+    if (n == 0) check_fail("%s used no tiles", name);
+}
+
+static void check_tiles_of(const char *level)
+{
+    (void)level;
+    check_tiles();
+}
+
+static int run_emulated(void)
+{
+    ep_err err;
+    const char *why_not = amx_emulation_start();
+    if (why_not != NULL) {
+        printf("skipped: AMX is not emulated: %s\n", why_not);
+        return 77;
+    }
+    check_emulated = check_quick = true;
+    if (kern_select("avx512", &err) != EP_OK) {
+        printf("FAILED: avx512: %s\n", err.text);
+        return 1;
+    }
+    step("ffn", "avx512"); /* the bits that the emulated level must give too */
+    check_ffn("avx512");
+#ifdef __x86_64__
+    /* What kern_select does on a machine with AMX. */
+    const kern_gemm below = kern_gemm_now;
+    kern_gemm_now = kern_gemm_amx;
+    kern_gemm_now.f32 = below.f32;
+    kern_gemm_now.f16 = below.f16;
+#endif
+    /* An instruction costs a signal: what stands on the tile routines sees fewer shapes. */
+    run_emulated_check("tiles", check_tiles_of, false);
+    run_emulated_check("panels", check_panels, true);
+    run_emulated_check("linear", check_linear, false);
+    run_emulated_check("ffn", check_ffn, true);
+    printf("%d failures\n", check_failures);
+    return check_failures ? 1 : 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *const levels[] = {"scalar", "avx2", "avx512", "amx"};
     const char *isa = NULL;
+    bool emulate = false;
     uint64_t seed = 20261120;
     unsetenv("MOED_KERNELS"); /* the levels are chosen here */
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--quick") == 0) {
             check_quick = true;
+        } else if (strcmp(argv[i], "--emulate-amx") == 0) {
+            emulate = true;
         } else if (strcmp(argv[i], "--isa") == 0 && i + 1 < argc) {
             isa = argv[++i];
         } else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
             seed = strtoull(argv[++i], NULL, 10);
         } else {
-            fprintf(stderr, "usage: check_kernels [--isa LEVEL] [--quick] [--seed N]\n");
+            fprintf(stderr,
+                    "usage: check_kernels [--isa LEVEL | --emulate-amx] [--quick] [--seed N]\n");
             return 2;
         }
     }
@@ -101,6 +158,7 @@ int main(int argc, char **argv)
     }
     printf("seed %llu\n", (unsigned long long)seed);
     first_state = state = seed * 2 + 1;
+    if (emulate) return run_emulated();
     if (isa != NULL && !kern_has_level(isa)) {
         printf("skipped: this machine has no %s\n", isa);
         return 77;
