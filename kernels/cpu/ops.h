@@ -58,7 +58,8 @@ typedef struct kern_gemm {
  * -> scalar); scalar has none. */
 extern const kern_gemm kern_gemm_scalar, kern_gemm_avx2, kern_gemm_avx512, kern_gemm_amx;
 /* For tests: the tile routines of kern_gemm_amx at any number of rows, where kern_gemm_amx itself
- * leaves a few rows to AVX-512. Exists where gemm_amx.c is compiled; the level must be amx. */
+ * leaves a few rows to AVX-512. Exists where gemm_amx.c is compiled; needs AMX, or the tests'
+ * emulation of it. */
 extern const kern_gemm kern_gemm_tiles;
 
 /* Element-wise and row operations; contracts in kernels.h under the same names. */

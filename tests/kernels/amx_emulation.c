@@ -399,7 +399,7 @@ const char *amx_emulation_start(void)
 {
     unsigned a, b, c, d;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && d & 1u << 24)
-        return "the processor has AMX, which is proved by itself";
+        return "the processor has AMX itself";
     if (!kern_has_level("avx512")) return "no AVX-512, which tile code needs besides";
     struct sigaction act = {.sa_sigaction = on_illegal_instruction, .sa_flags = SA_SIGINFO};
     sigemptyset(&act.sa_mask);
