@@ -23,9 +23,8 @@
 #define MAX_RANKS 16
 #define SEED      UINT64_C(0x9e3779b97f4a7c15)
 #define LIMIT_MS  60000
-#define LOST_MS   5000 /* a peer that a busy machine holds up for longer would rightly be given up \
-                        */
-#define GOODBYE 400    /* the number of the short message that says: I have got everything */
+#define LOST_MS   5000 /* what a busy machine holds up for longer would rightly be given up */
+#define GOODBYE   400  /* the number of the short message that says: I have got everything */
 
 static int rank, n_ranks, n_bad;
 
