@@ -29,8 +29,8 @@ static int level_now = -1;
 static bool is_detected;
 static const char *missing[N_LEVELS]; /* NULL: the machine has the level */
 
-static const kern_gemm *const gemms[N_LEVELS] = {&kern_gemm_scalar, &kern_gemm_avx2,
-                                                 &kern_gemm_avx512, &kern_gemm_amx};
+static const kern_gemm *gemms[N_LEVELS] = {&kern_gemm_scalar, &kern_gemm_avx2, &kern_gemm_avx512,
+                                           &kern_gemm_amx};
 
 static const kern_vec *const vecs[N_LEVELS] = {&kern_vec_scalar, &kern_vec_avx2, &kern_vec_avx512,
                                                &kern_vec_avx512};
@@ -77,6 +77,20 @@ static bool ask_for_tiles(void)
     return syscall(SYS_arch_prctl, ask_xcomp_perm, xfeature_xtiledata) == 0;
 }
 
+/* No part of a level: one more product for the level avx512. */
+static bool has_avx512_bf16(void)
+{
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+static bool is_amd(void)
+{
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx &&
+           d == signature_AMD_edx;
+}
+
 static void detect_machine(void)
 {
     static const struct {
@@ -102,6 +116,7 @@ static void detect_machine(void)
         if (missing[i] == NULL) missing[i] = missing[i - 1];
     if (missing[LEVEL_AMX] == NULL && !ask_for_tiles())
         missing[LEVEL_AMX] = "permission for AMX tiles (arch_prctl refused it)";
+    if (is_amd()) gemms[LEVEL_AVX512] = &kern_gemm_avx512_far;
 }
 
 #else
@@ -128,22 +143,30 @@ static int find_level(const char *name)
     return -1;
 }
 
+/* Entries that g lacks. */
+static void take(kern_gemm *g, const kern_gemm *from)
+{
+    if (g->q4_0 == NULL) g->q4_0 = from->q4_0;
+    if (g->q5_0 == NULL) g->q5_0 = from->q5_0;
+    if (g->q8_0 == NULL) g->q8_0 = from->q8_0;
+    if (g->q4_k == NULL) g->q4_k = from->q4_k;
+    if (g->q5_k == NULL) g->q5_k = from->q5_k;
+    if (g->q6_k == NULL) g->q6_k = from->q6_k;
+    if (g->gptq4 == NULL) g->gptq4 = from->gptq4;
+    if (g->f32 == NULL) g->f32 = from->f32;
+    if (g->f16 == NULL) g->f16 = from->f16;
+    if (g->bf16 == NULL) g->bf16 = from->bf16;
+}
+
 /* Takes the entry of the highest level not above `level` that has one. */
 static void fill_gemm(int level)
 {
     kern_gemm g = {.name = level_names[level]};
     for (int i = level; i >= 0; i--) {
-        const kern_gemm *from = gemms[i];
-        if (g.q4_0 == NULL) g.q4_0 = from->q4_0;
-        if (g.q5_0 == NULL) g.q5_0 = from->q5_0;
-        if (g.q8_0 == NULL) g.q8_0 = from->q8_0;
-        if (g.q4_k == NULL) g.q4_k = from->q4_k;
-        if (g.q5_k == NULL) g.q5_k = from->q5_k;
-        if (g.q6_k == NULL) g.q6_k = from->q6_k;
-        if (g.gptq4 == NULL) g.gptq4 = from->gptq4;
-        if (g.f32 == NULL) g.f32 = from->f32;
-        if (g.f16 == NULL) g.f16 = from->f16;
-        if (g.bf16 == NULL) g.bf16 = from->bf16;
+#if defined(__x86_64__)
+        if (i == LEVEL_AVX512 && has_avx512_bf16()) take(&g, &kern_gemm_avx512bf16);
+#endif
+        take(&g, gemms[i]);
     }
     kern_gemm_now = g;
 }

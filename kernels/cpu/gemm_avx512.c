@@ -10,6 +10,13 @@
  */
 #include "kernels/cpu/x512.h"
 
+/* Compiled twice: the second object (X_FAR) differs in how far ahead it fetches. */
+#ifdef X_FAR
+#define TABLE kern_gemm_avx512_far
+#else
+#define TABLE kern_gemm_avx512
+#endif
+
 /* What the groups of rows have in common. */
 typedef struct job {
     float *y;
@@ -370,7 +377,7 @@ static void bf16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
     _mm_setcsr(saved);
 }
 
-const kern_gemm kern_gemm_avx512 = {
+const kern_gemm TABLE = {
     .name = "avx512",
     .q4_0 = q4_0,
     .q5_0 = q5_0,

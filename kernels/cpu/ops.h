@@ -57,6 +57,10 @@ typedef struct kern_gemm {
 /* kernels/cpu/gemm_<isa>.c; a NULL entry falls back to the next lower level (amx -> avx512 -> avx2
  * -> scalar); scalar has none. */
 extern const kern_gemm kern_gemm_scalar, kern_gemm_avx2, kern_gemm_avx512, kern_gemm_amx;
+/* kern_gemm_avx512 with the prefetch that AMD's processors want. */
+extern const kern_gemm kern_gemm_avx512_far;
+/* BF16 for processors of the level avx512 that have AVX512_BF16; nothing else. */
+extern const kern_gemm kern_gemm_avx512bf16;
 /* For tests: the tile routines of kern_gemm_amx at any number of rows, where kern_gemm_amx itself
  * leaves a few rows to AVX-512. Exists where gemm_amx.c is compiled; needs AMX, or the tests'
  * emulation of it. */

@@ -1,5 +1,5 @@
 set(isa_objects)
-foreach(isa avx2 avx512 amx)
+foreach(isa avx2 avx512 avx512_far avx512bf16 amx)
   if(TARGET kern_${isa})
     list(APPEND isa_objects $<TARGET_OBJECTS:kern_${isa}>)
   endif()

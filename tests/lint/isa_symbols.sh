@@ -10,7 +10,7 @@ for object in "$@"; do
     fi
     if [ "$general" -eq 0 ]; then
         others=$(nm --defined-only --extern-only "$object" | awk '{print $NF}' |
-            grep -Ev '^(kern_(gemm|vec)_[a-z0-9]+|__odr_asan\..*)$')
+            grep -Ev '^(kern_(gemm|vec)_[a-z0-9_]+|__odr_asan\..*)$')
         if [ -n "$others" ]; then
             echo "$object exports:" $others
             status=1
