@@ -93,58 +93,52 @@ X_INLINE __m512i x_pick(__m512i mask, __m512i a, __m512i b)
     return _mm512_ternarylogic_epi32(mask, a, b, 0xCA);
 }
 
+/* Codes 4t .. 4t + 3 of 32 nibbles. */
+X_INLINE __m512i x_nibble(const uint8_t *p, const int t)
+{
+    const __m512i b = x_load(p + 64 * (t % 4));
+    return _mm512_and_si512(t < 4 ? b : _mm512_srli_epi16(b, 4), x_set8(15));
+}
+
+/* With a fifth bit: bit t of every byte of h. */
+X_INLINE __m512i x_nibble5(const uint8_t *p, __m512i h, const int t)
+{
+    const __m512i b = x_load(p + 64 * (t % 4));
+    const __m512i up = t < 4 ? _mm512_slli_epi16(h, 4 - t) : _mm512_srli_epi16(h, t - 4);
+    return x_and_or(t < 4 ? b : _mm512_srli_epi16(b, 4), x_set8(15),
+                    _mm512_and_si512(up, x_set8(16)));
+}
+
+/* With two upper bits: bits 2s, 2s+1 of high vector u belong to weights 16u + 4s + i. */
+X_INLINE __m512i x_nibble6(const uint8_t *p, const uint8_t *high, const int t)
+{
+    const __m512i b = x_load(p + 64 * (t % 4)), h = x_load(high + 64 * (t / 4));
+    const int s = t % 4; /* its bits belong at 4 and 5 */
+    const __m512i up = s < 2 ? _mm512_slli_epi16(h, 4 - 2 * s) : _mm512_srli_epi16(h, 2 * s - 4);
+    return _mm512_and_si512(x_pick(x_set8(15), t < 4 ? b : _mm512_srli_epi16(b, 4), up),
+                            x_set8(63));
+}
+
+/* All eight. */
 X_INLINE void x_nibbles(__m512i w[8], const uint8_t *p)
 {
-    const __m512i low = x_set8(15);
     X_UNROLL
-    for (int v = 0; v < 4; v++) {
-        __m512i b = x_load(p + 64 * v);
-        w[v] = _mm512_and_si512(b, low);
-        w[4 + v] = _mm512_and_si512(_mm512_srli_epi16(b, 4), low);
-    }
+    for (int t = 0; t < 8; t++)
+        w[t] = x_nibble(p, t);
 }
 
-/* Nibbles with a fifth bit: bit t of every byte of h belongs to w[t]. */
 X_INLINE void x_nibbles5(__m512i w[8], const uint8_t *p, __m512i h)
 {
-    const __m512i low = x_set8(15), bit = x_set8(16);
-    __m512i b[4];
     X_UNROLL
-    for (int v = 0; v < 4; v++)
-        b[v] = x_load(p + 64 * v);
-    w[0] = x_and_or(b[0], low, _mm512_and_si512(_mm512_slli_epi16(h, 4), bit));
-    w[1] = x_and_or(b[1], low, _mm512_and_si512(_mm512_slli_epi16(h, 3), bit));
-    w[2] = x_and_or(b[2], low, _mm512_and_si512(_mm512_slli_epi16(h, 2), bit));
-    w[3] = x_and_or(b[3], low, _mm512_and_si512(_mm512_slli_epi16(h, 1), bit));
-    X_UNROLL
-    for (int v = 0; v < 4; v++)
-        b[v] = _mm512_srli_epi16(b[v], 4);
-    w[4] = x_and_or(b[0], low, _mm512_and_si512(h, bit));
-    w[5] = x_and_or(b[1], low, _mm512_and_si512(_mm512_srli_epi16(h, 1), bit));
-    w[6] = x_and_or(b[2], low, _mm512_and_si512(_mm512_srli_epi16(h, 2), bit));
-    w[7] = x_and_or(b[3], low, _mm512_and_si512(_mm512_srli_epi16(h, 3), bit));
+    for (int t = 0; t < 8; t++)
+        w[t] = x_nibble5(p, h, t);
 }
 
-/* Nibbles with two upper bits: bits 2s, 2s+1 of high vector u belong to weights 16u + 4s + i. */
 X_INLINE void x_nibbles6(__m512i w[8], const uint8_t *p, const uint8_t *high)
 {
-    const __m512i low = x_set8(15), six = x_set8(63);
-    const __m512i h0 = x_load(high), h1 = x_load(high + 64);
-    __m512i b[4];
     X_UNROLL
-    for (int v = 0; v < 4; v++)
-        b[v] = x_load(p + 64 * v);
-    w[0] = _mm512_and_si512(x_pick(low, b[0], _mm512_slli_epi16(h0, 4)), six);
-    w[1] = _mm512_and_si512(x_pick(low, b[1], _mm512_slli_epi16(h0, 2)), six);
-    w[2] = _mm512_and_si512(x_pick(low, b[2], h0), six);
-    w[3] = _mm512_and_si512(x_pick(low, b[3], _mm512_srli_epi16(h0, 2)), six);
-    X_UNROLL
-    for (int v = 0; v < 4; v++)
-        b[v] = _mm512_srli_epi16(b[v], 4);
-    w[4] = _mm512_and_si512(x_pick(low, b[0], _mm512_slli_epi16(h1, 4)), six);
-    w[5] = _mm512_and_si512(x_pick(low, b[1], _mm512_slli_epi16(h1, 2)), six);
-    w[6] = _mm512_and_si512(x_pick(low, b[2], h1), six);
-    w[7] = _mm512_and_si512(x_pick(low, b[3], _mm512_srli_epi16(h1, 2)), six);
+    for (int t = 0; t < 8; t++)
+        w[t] = x_nibble6(p, high, t);
 }
 
 /* The head of a Q4_K or Q5_K block: sc[0] holds the scales 0..3 as bytes of each lane, sc[1] 4..7;
@@ -174,6 +168,15 @@ X_INLINE __m512i x_index_top(int b)
     const int v = (int)(0x00808080U | (unsigned)b << 24);
     return _mm512_broadcast_i32x4(
         _mm_add_epi8(_mm_set1_epi32(v), _mm_setr_epi32(0, 0x04000000, 0x08000000, 0x0C000000)));
+}
+
+/* Shuffle index: 16-bit pair (byte a, byte b) of each lane, each in the upper half of its 16 bits.
+ */
+X_INLINE __m512i x_index_tops(int a, int b)
+{
+    const int v = (int)(0x00800080U | (unsigned)b << 24 | (unsigned)a << 8);
+    return _mm512_broadcast_i32x4(
+        _mm_add_epi8(_mm_set1_epi32(v), _mm_setr_epi32(0, 0x04000400, 0x08000800, 0x0C000C00)));
 }
 
 X_INLINE void x_head_k(x_head *h, const uint8_t *p)
