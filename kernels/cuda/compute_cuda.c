@@ -5,7 +5,7 @@
  *
  * Invariants: graphs hold pointers that stay until the next `reserve`; counts are read on the
  * device, so one graph serves every pass of its bucket; which graph serves a pass never changes a
- * bit of its results. After a device error every call fails with EP_ERR_DEVICE, as CUDA's own state
+ * bit of its results (form.h). After a device error every call fails with EP_ERR_DEVICE, as CUDA's own state
  * is lost.
  *
  * Different experts may be loaded from different threads: they take turns at the device.
@@ -16,13 +16,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include "kernels/compute.h"
-#include "kernels/cuda/gpu.h"
+#include "kernels/cuda/form.h"
 #include "kernels/cuda/pack.h"
 
 enum {
     COPY_BYTES = 1 << 20, /* of a pinned slot */
-    N_BUCKETS = 4,        /* of pairs: <= 16, 128, 1024, more */
-    SPLIT_PAIRS = 16      /* up to so many pairs per active expert warps split k */
+    N_BUCKETS = 4         /* of pairs: <= 16, 128, 1024, more */
 };
 
 static const int bucket_pairs[N_BUCKETS] = {16, 128, 1024, 1 << 30};
@@ -32,7 +31,8 @@ enum { ROLE_GATE_UP, ROLE_DOWN };
 struct compute {
     int device, n_sm, smem_limit;
     bool lost, has_lock;
-    char line[128];
+    char line[240];
+    gpu_forms forms;
     pthread_mutex_t lock;
     cudaStream_t stream;
     cudaEvent_t copied[2];
@@ -53,8 +53,9 @@ struct compute_stack {
     compute_shape shape;
     gpu_matrix m[2];
     uint8_t *w[2];
-    int blocks[2][2];                       /* [role][split] */
-    cudaGraphExec_t graph[N_BUCKETS][2][2]; /* [bucket][split][rows are floats] */
+    bool wgmma;                                     /* that form may serve it */
+    int blocks[2][GPU_FORMS];                       /* [role][form] */
+    cudaGraphExec_t graph[N_BUCKETS][GPU_FORMS][2]; /* [bucket][form][rows are floats] */
 };
 
 /* ---- errors ---- */
@@ -150,10 +151,8 @@ static void describe(compute *c)
 {
     struct cudaDeviceProp p;
     if (cudaGetDeviceProperties(&p, c->device) != cudaSuccess) return;
-    c->n_sm = p.multiProcessorCount;
-    c->smem_limit = (int)p.sharedMemPerBlockOptin;
-    snprintf(c->line, sizeof c->line, "cuda:%d, %.60s, sm_%d%d, %d multiprocessors, %zu GiB",
-             c->device, p.name, p.major, p.minor, c->n_sm, p.totalGlobalMem >> 30);
+    snprintf(c->line, sizeof c->line, "cuda:%d, %.60s, sm_%d%d, %d multiprocessors, %zu GiB, %s",
+             c->device, p.name, p.major, p.minor, c->n_sm, p.totalGlobalMem >> 30, c->forms.line);
 }
 
 static ep_status cuda_open(compute **out, const char *device, int n_threads, ep_err *err)
@@ -166,12 +165,22 @@ static ep_status cuda_open(compute **out, const char *device, int n_threads, ep_
     parse(device, &c->device);
     const char *what = "cudaSetDevice";
     cudaError_t e = cudaSetDevice(c->device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&c->n_sm, cudaDevAttrMultiProcessorCount, c->device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&c->smem_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   c->device);
     if (e == cudaSuccess) {
-        describe(c);
         what = "kernels for this GPU";
         e = (cudaError_t)gpu_gemm_prepare(c->smem_limit);
     }
     if (e == cudaSuccess) {
+        s = gpu_forms_open(&c->forms, c->device, c->smem_limit, err);
+        if (s != EP_OK) {
+            cuda_close(c);
+            return s;
+        }
+        describe(c);
         what = "a stream and pinned memory";
         e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     }
@@ -231,7 +240,7 @@ static ep_status check_shape(const compute_shape *p, ep_err *err)
 static void close_graphs(compute_stack *s)
 {
     for (int b = 0; b < N_BUCKETS; b++)
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 2 * GPU_FORMS; i++) {
             cudaGraphExec_t *g = &s->graph[b][i / 2][i % 2];
             if (*g != NULL) cudaGraphExecDestroy(*g);
             *g = NULL;
@@ -253,10 +262,10 @@ static void cuda_stack_close(compute_stack *s)
     ep_free(s);
 }
 
-static gpu_gemm plan_of(const compute_stack *s, int role, int split)
+static gpu_gemm plan_of(const compute_stack *s, int role, int form)
 {
     gpu_gemm g = {.w = s->w[role], .m = s->m[role]};
-    gpu_gemm_plan(&g, split, s->owner->smem_limit);
+    gpu_gemm_plan(&g, form, s->owner->smem_limit);
     return g;
 }
 
@@ -270,6 +279,7 @@ static ep_status cuda_stack_open(compute *c, const compute_shape *p, compute_sta
     if (s == NULL) return ep_fail(err, EP_ERR_NOMEM, "no memory for a stack");
     s->owner = c;
     s->shape = *p;
+    s->wgmma = gpu_forms_serve(&c->forms, p->gate_type, p->down_type);
     s->m[ROLE_GATE_UP] = gpu_matrix_make(p->gate_type, p->inter, p->hidden, 1,
                                          kern_type_row_bytes(p->gate_type, p->hidden));
     s->m[ROLE_DOWN] = gpu_matrix_make(p->down_type, p->hidden, p->inter, 0,
@@ -284,13 +294,13 @@ static ep_status cuda_stack_open(compute *c, const compute_shape *p, compute_sta
             cuda_stack_close(s);
             return status;
         }
-        for (int split = 0; split < 2; split++) {
-            gpu_gemm g = plan_of(s, i, split);
-            s->blocks[i][split] = c->n_sm * gpu_gemm_occupancy(&g, split);
-            if (s->blocks[i][split] > 0) continue;
+        for (int form = 0; form < GPU_FORMS; form++) {
+            gpu_gemm g = plan_of(s, i, form);
+            s->blocks[i][form] = c->n_sm * gpu_gemm_occupancy(&g, form);
+            if (s->blocks[i][form] > 0 || (form == GPU_FORM_WGMMA && !s->wgmma)) continue;
             status = ep_fail(err, EP_ERR_UNSUPPORTED,
                              "device cuda:%d: %zu bytes of shared memory needed", c->device,
-                             gpu_gemm_smem(&g, split));
+                             gpu_gemm_smem(&g, form));
             cuda_stack_close(s);
             return status;
         }
@@ -399,14 +409,15 @@ static control control_of(const compute *c)
                      .pair_out = p + 5 + c->max_experts + c->max_pairs};
 }
 
-/* The five launches of a pass, queued on the stream. */
+/* The five launches of a pass, queued on the stream. The list comes first: a product may then read
+ * it, and start on its weights, while the rows before it are still being made (chain.cuh). */
 static ep_status queue_pass(compute *c, const compute_stack *s, int most_rows, int most_pairs,
-                            int split, kern_act act)
+                            int form, kern_act act)
 {
     const control k = control_of(c);
     const gpu_matrix *m = s->m;
-    const int32_t *n_rows = k.counts, *n_pairs = k.counts + 1;
-    gpu_gemm gate_up = plan_of(s, ROLE_GATE_UP, split), down = plan_of(s, ROLE_DOWN, split);
+    const int chained = c->forms.chained;
+    gpu_gemm gate_up = plan_of(s, ROLE_GATE_UP, form), down = plan_of(s, ROLE_DOWN, form);
     gate_up.x = c->x;
     gate_up.pair_row = k.pair_row;
     gate_up.out = c->h;
@@ -417,28 +428,28 @@ static ep_status queue_pass(compute *c, const compute_stack *s, int most_rows, i
     down.ld = s->shape.hidden;
     gate_up.list = down.list = c->list;
     gate_up.n_entries = down.n_entries = k.n_entries;
-    ep_status status = check(c,
-                             gpu_launch_rows(act, c->in, c->x, n_rows, most_rows, m[0].k,
-                                             m[0].type == KERN_BF16, c->stream),
-                             "rows kernel");
-    if (status == EP_OK)
-        status = check(c,
-                       gpu_launch_list(k.offset, s->shape.n_experts,
-                                       split ? GPU_NARROW_COLS : GPU_WIDE_COLS, c->list,
-                                       k.n_entries, c->stream),
-                       "list kernel");
-    if (status == EP_OK)
-        status = check(c, gpu_launch_gemm(&gate_up, split, s->blocks[0][split], c->stream),
-                       "gate_up kernel");
-    if (status == EP_OK)
-        status = check(c,
-                       gpu_launch_rows(KERN_ACT_F32, c->h, c->hx, n_pairs, most_pairs, m[1].k,
-                                       m[1].type == KERN_BF16, c->stream),
-                       "hidden rows kernel");
-    if (status == EP_OK)
-        status =
-            check(c, gpu_launch_gemm(&down, split, s->blocks[1][split], c->stream), "down kernel");
-    return status;
+    const char *what = "list kernel";
+    int e = gpu_launch_list(k.offset, s->shape.n_experts, gpu_form_width(form), c->list,
+                            k.n_entries, c->stream);
+    if (e == cudaSuccess) {
+        what = "rows kernel";
+        e = gpu_launch_rows(act, c->in, c->x, k.counts, most_rows, m[0].k, m[0].type == KERN_BF16,
+                            form, chained, c->stream);
+    }
+    if (e == cudaSuccess) {
+        what = "gate_up kernel";
+        e = gpu_launch_gemm(&gate_up, form, s->blocks[0][form], chained, c->stream);
+    }
+    if (e == cudaSuccess) {
+        what = "hidden rows kernel";
+        e = gpu_launch_rows(KERN_ACT_F32, c->h, c->hx, k.counts + 1, most_pairs, m[1].k,
+                            m[1].type == KERN_BF16, form, chained, c->stream);
+    }
+    if (e == cudaSuccess) {
+        what = "down kernel";
+        e = gpu_launch_gemm(&down, form, s->blocks[1][form], chained, c->stream);
+    }
+    return check(c, e, what);
 }
 
 static int at_most(int a, int b)
@@ -446,19 +457,19 @@ static int at_most(int a, int b)
     return a < b ? a : b;
 }
 
-static ep_status capture(compute *c, compute_stack *s, int bucket, int split, int floats)
+static ep_status capture(compute *c, compute_stack *s, int bucket, int form, int floats)
 {
     cudaGraph_t graph = NULL;
     ep_status status = check(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal),
                              "capture of a graph");
     if (status != EP_OK) return status;
     status = queue_pass(c, s, at_most(bucket_pairs[bucket], c->max_rows),
-                        at_most(bucket_pairs[bucket], c->max_pairs), split,
+                        at_most(bucket_pairs[bucket], c->max_pairs), form,
                         floats ? KERN_ACT_F32 : cuda_stack_act(s));
     cudaError_t e = cudaStreamEndCapture(c->stream, &graph);
     if (status == EP_OK) status = check(c, e, "capture of a graph");
     if (status == EP_OK)
-        status = check(c, cudaGraphInstantiate(&s->graph[bucket][split][floats], graph, 0),
+        status = check(c, cudaGraphInstantiate(&s->graph[bucket][form][floats], graph, 0),
                        "making of a graph");
     if (graph != NULL) cudaGraphDestroy(graph);
     return status;
@@ -476,7 +487,7 @@ static ep_status take_rows(compute *c, gpu_rows *r, size_t n, size_t k_tiles)
 {
     ep_status s = take(c, &r->value, n, k_tiles * GPU_TILE_K * 2);
     if (s == EP_OK) s = take(c, &r->scale, n, sizeof(float));
-    if (s == EP_OK) s = take(c, &r->sum, n, k_tiles * (GPU_TILE_K / 32) * sizeof(float));
+    if (s == EP_OK) s = take(c, &r->sum, n, k_tiles * (GPU_TILE_K / 16) * sizeof(uint16_t));
     return s;
 }
 
@@ -505,6 +516,7 @@ static ep_status take_scratch(compute *c)
 
 static ep_status cuda_reserve(compute *c, int max_rows, int max_pairs)
 {
+    if (max_pairs > GPU_MOST_PAIRS) return EP_ERR_TOO_LARGE;
     ep_status status = enter(c);
     if (status != EP_OK) return status;
     free_scratch(c);
@@ -514,8 +526,9 @@ static ep_status cuda_reserve(compute *c, int max_rows, int max_pairs)
     for (compute_stack *s = c->stacks; s != NULL && status == EP_OK; s = s->next) {
         close_graphs(s);
         for (int b = 0; b < N_BUCKETS && status == EP_OK; b++)
-            for (int i = 0; i < 4 && status == EP_OK; i++)
-                status = capture(c, s, b, i / 2, i % 2);
+            for (int i = 0; i < 2 * GPU_FORMS && status == EP_OK; i++)
+                if (gpu_forms_possible(&c->forms, s->wgmma, bucket_pairs[b], i / 2))
+                    status = capture(c, s, b, i / 2, i % 2);
     }
     if (status != EP_OK) {
         free_scratch(c);
@@ -607,9 +620,10 @@ static ep_status cuda_ffn(compute *c, compute_stack *s, const compute_ffn_args *
     if (status != EP_OK) return status;
     while (a->n_pairs > bucket_pairs[bucket])
         bucket++;
-    int split = a->n_pairs <= SPLIT_PAIRS * active, floats = a->act == KERN_ACT_F32;
+    int form = gpu_forms_choose(&c->forms, s->wgmma, a->n_pairs, active);
+    int floats = a->act == KERN_ACT_F32;
     status =
-        check(c, cudaGraphLaunch(s->graph[bucket][split][floats], c->stream), "launch of a pass");
+        check(c, cudaGraphLaunch(s->graph[bucket][form][floats], c->stream), "launch of a pass");
     if (status == EP_OK)
         status = copy_out(c, a->out, c->out, pairs * (size_t)s->shape.hidden * sizeof(float));
     return status;

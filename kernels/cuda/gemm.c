@@ -1,15 +1,16 @@
 /*
- * Which product kernel serves a weight type, and how much shared memory its rings get. The plan of
+ * Which product kernels serve a weight type, and how much shared memory their rings get. The plan of
  * a launch never changes bits: it only says who does what. Knows nothing of layers or of the
  * device's state.
  */
 #include "kernels/cuda/gemm_types.h"
+#include "kernels/cuda/stage.h"
 
 typedef struct gemm_type {
     int type;
-    int (*launch)(const gpu_gemm *g, int split, int n_blocks, gpu_stream stream);
+    int (*launch)(const gpu_gemm *g, int form, int n_blocks, int chained, gpu_stream stream);
     int (*prepare)(int smem_limit);
-    int (*occupancy)(const gpu_gemm *g, int split);
+    int (*occupancy)(const gpu_gemm *g, int form);
 } gemm_type;
 
 static const gemm_type gemm_types[] = {
@@ -34,21 +35,33 @@ static const gemm_type *find(int type)
     return NULL;
 }
 
-size_t gpu_gemm_smem(const gpu_gemm *g, int split)
+int gpu_form_width(int form)
 {
+    return form == GPU_FORM_WGMMA   ? GPU_ITEM_COLS
+           : form == GPU_FORM_SPLIT ? GPU_NARROW_COLS
+                                    : GPU_WIDE_COLS;
+}
+
+size_t gpu_gemm_smem(const gpu_gemm *g, int form)
+{
+    if (form == GPU_FORM_WGMMA) /* and what moves the stages to a multiple of 1024 */
+        return (size_t)(g->slots * gpu_stage_bytes(g->m.type)) + BARRIERS + 1008;
     size_t ring = (size_t)(GPU_WARPS * g->slots * g->cut.rows * g->m.tile_bytes);
-    size_t parts = split ? (size_t)(g->cut.chunk * g->cut.segs) * PART_BYTES : 0;
+    size_t parts =
+        form == GPU_FORM_SPLIT ? (size_t)(g->cut.chunk * g->cut.segs) * PART_BYTES : 0;
     return BARRIERS + ring + parts;
 }
 
-/* Two blocks per multiprocessor hide each other's ends; four slots are what that leaves for
+/* Split: two blocks per multiprocessor hide each other's ends; four slots are what that leaves for
  * four-bit weights, larger tiles get fewer. */
-void gpu_gemm_plan(gpu_gemm *g, int split, int smem_limit)
+void gpu_gemm_plan(gpu_gemm *g, int form, int smem_limit)
 {
-    g->cut = gpu_cut_make(&g->m, split, GPU_WIDE_ROWS, GPU_WARPS);
+    g->cut = form == GPU_FORM_WGMMA
+                 ? gpu_cut_make(&g->m, 0, 1, GPU_ITEM_TILES)
+                 : gpu_cut_make(&g->m, form == GPU_FORM_SPLIT, GPU_WIDE_ROWS, GPU_WARPS);
     size_t limit = (size_t)smem_limit;
-    if (split && limit > 112 * 1024) limit = 112 * 1024;
-    for (g->slots = 4; g->slots > 1 && gpu_gemm_smem(g, split) > limit; g->slots--) {
+    if (form == GPU_FORM_SPLIT && limit > 112 * 1024) limit = 112 * 1024;
+    for (g->slots = 4; g->slots > 1 && gpu_gemm_smem(g, form) > limit; g->slots--) {
     }
 }
 
@@ -60,14 +73,14 @@ int gpu_gemm_prepare(int smem_limit)
     return e;
 }
 
-int gpu_launch_gemm(const gpu_gemm *g, int split, int n_blocks, gpu_stream stream)
+int gpu_launch_gemm(const gpu_gemm *g, int form, int n_blocks, int chained, gpu_stream stream)
 {
     const gemm_type *t = find(g->m.type);
-    return t != NULL ? t->launch(g, split, n_blocks, stream) : 1; /* cudaErrorInvalidValue */
+    return t != NULL ? t->launch(g, form, n_blocks, chained, stream) : 1; /* cudaErrorInvalidValue */
 }
 
-int gpu_gemm_occupancy(const gpu_gemm *g, int split)
+int gpu_gemm_occupancy(const gpu_gemm *g, int form)
 {
     const gemm_type *t = find(g->m.type);
-    return t != NULL ? t->occupancy(g, split) : 0;
+    return t != NULL ? t->occupancy(g, form) : 0;
 }

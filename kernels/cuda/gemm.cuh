@@ -10,7 +10,7 @@
 // (many pairs: a decoded weight meets more columns). There are no atomics.
 #ifndef EP_KERNELS_CUDA_GEMM_CUH
 #define EP_KERNELS_CUDA_GEMM_CUH
-#include <cuda_runtime.h>
+#include "kernels/cuda/chain.cuh"
 #include "kernels/cuda/gpu.h"
 #include "kernels/cuda/mma.cuh"
 
@@ -26,6 +26,13 @@ __device__ __forceinline__ uint32_t word_of(const uint4 &v, int i)
 // A word of scales for row lane/4 + 8h, from k-step `step` on: it serves SPAN steps.
 template <int TYPE> struct span {
     static constexpr int steps = TYPE == KERN_Q4_K ? 8 : TYPE == KERN_GPTQ4 ? 16 : 4;
+};
+// k-steps under one scale; 16: none.
+template <int TYPE> struct group {
+    static constexpr int steps = TYPE == KERN_Q6_K                        ? 1
+                                 : TYPE == KERN_Q4_K || TYPE == KERN_Q8_0 ? 2
+                                 : TYPE == KERN_GPTQ4                     ? 8
+                                                                          : 16;
 };
 template <int TYPE> __device__ __forceinline__ uint32_t read_scales(const uint8_t *tile, int lane, int h, int step)
 {
@@ -106,9 +113,26 @@ __device__ __forceinline__ void read_steps(const uint8_t *tile, int lane, int j,
     }
 }
 
-// Where a lane finds the columns of its entry: offsets of the rows of its B operands, in units of 16 bytes.
-// The sums of a row lie at a quarter of that, in floats; those of the columns of the lane's results come from
-// the lanes that hold their rows.
+// The minimums of Q4_K as one step's A operand: the eight of a row twice, for the sums' two halves (gpu_sum_at).
+// They are small integers, so exact; dmin takes back the factor 32 of the sums.
+__device__ __forceinline__ void read_minimums(const uint8_t *tile, int lane, uint32_t (&a)[4], float (&d)[2],
+                                              float (&dmin)[2])
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        uint4 head = *(const uint4 *)(tile + 16 * (lane / 4 + 8 * h));
+        uint32_t sc[2], mn[2];
+        gpu_q4k_scales(head.y, head.z, head.w, sc, mn);
+        uint32_t four = lane % 4 < 2 ? mn[0] : mn[1];
+        a[h] = half2_sub(__byte_perm(four, 0x64646464u, lane % 2 ? 0x4342 : 0x4140), 0x64006400u);
+        a[h + 2] = a[h];
+        d[h] = half_lo(head.x);
+        dmin[h] = 32.0f * half_hi(head.x);
+    }
+}
+
+// Where a lane finds the columns of its entry: offsets of the rows of its B operands, in units of 16 bytes; the sums
+// of a row lie at a quarter of that, in words.
 template <int NT> struct columns {
     uint32_t value[NT];
     int live; // n8 tiles that hold a pair
@@ -121,22 +145,20 @@ __device__ __forceinline__ void tile_product(const gpu_rows &x, const columns<NT
                                              float (&acc)[MR][NT][4])
 {
     constexpr bool BF16 = TYPE == KERN_BF16;
-    constexpr int GROUP = TYPE == KERN_Q6_K                             ? 1
-                          : TYPE == KERN_Q4_K || TYPE == KERN_Q8_0 ? 2
-                          : TYPE == KERN_GPTQ4                         ? 8
-                                                                       : 16; // k-steps under one scale
+    constexpr int GROUP = group<TYPE>::steps;
     float block[MR][NT][4] = {}, part[MR][NT][4] = {};
     uint32_t scales[MR][2];
     const uint4 *value = (const uint4 *)x.value + kt * (GPU_TILE_K / 8) + lane % 4;
     constexpr bool NIBBLES = TYPE == KERN_Q4_K || TYPE == KERN_Q6_K || TYPE == KERN_GPTQ4;
     uint4 four[MR];
     // As far as registers allow without spilling (cuda_spills watches).
-#pragma unroll 4
+    constexpr int AHEAD = (TYPE == KERN_Q4_K || TYPE == KERN_Q8_0) && MR > 1 ? 2 : 4;
+#pragma unroll AHEAD
     for (int j = 0; j < 8; j++) {
         uint4 b[NT];
 #pragma unroll
         for (int n = 0; n < NT; n++)
-            if (n < col.live) b[n] = __ldg(value + col.value[n] + 4 * j);
+            if (n < col.live) b[n] = value[col.value[n] + 4 * j];
 #pragma unroll
         for (int r = 0; r < MR; r++) {
             uint32_t a[2][4];
@@ -174,33 +196,18 @@ __device__ __forceinline__ void tile_product(const gpu_rows &x, const columns<NT
 #pragma unroll
     for (int r = 0; r < MR; r++) {
         if constexpr (TYPE == KERN_Q4_K) {
-            const float *sum = x.sum + kt * (GPU_TILE_K / 32);
+            uint32_t least[4];
+            float d[2], dmin[2];
+            read_minimums(tile + r * tile_stride, lane, least, d, dmin);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint4 head = *(const uint4 *)(tile + r * tile_stride + 16 * (lane / 4 + 8 * h));
-                uint32_t sc[2], mn[2];
-                gpu_q4k_scales(head.y, head.z, head.w, sc, mn);
-                float d = half_lo(head.x), dmin = half_hi(head.x);
+            for (int n = 0; n < NT; n++) {
+                if (n >= col.live) continue;
+                const uint32_t *sum = (const uint32_t *)x.sum + col.value[n] / 4 + kt * 8 + lane % 4;
+                float m[4] = {};
+                mma<false>(m, least, sum[0], sum[4]);
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    if (n >= col.live) continue;
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const float4 *from = (const float4 *)(sum + __shfl_sync(~0u, col.value[n],
-                                                                                4 * gpu_c_token(lane, i)) /
-                                                                        4);
-                        float4 lo = __ldg(from), hi = __ldg(from + 1);
-                        float m = byte_float(mn[0], 0, 0.0f) * lo.x;
-                        m = fmaf(byte_float(mn[0], 1, 0.0f), lo.y, m);
-                        m = fmaf(byte_float(mn[0], 2, 0.0f), lo.z, m);
-                        m = fmaf(byte_float(mn[0], 3, 0.0f), lo.w, m);
-                        m = fmaf(byte_float(mn[1], 0, 0.0f), hi.x, m);
-                        m = fmaf(byte_float(mn[1], 1, 0.0f), hi.y, m);
-                        m = fmaf(byte_float(mn[1], 2, 0.0f), hi.z, m);
-                        m = fmaf(byte_float(mn[1], 3, 0.0f), hi.w, m);
-                        acc[r][n][2 * h + i] += fmaf(d, block[r][n][2 * h + i], -(dmin * m));
-                    }
-                }
+                for (int i = 0; i < 4; i++)
+                    acc[r][n][i] += fmaf(d[i / 2], block[r][n][i], -(dmin[i / 2] * m[i]));
             }
         } else {
             float d0 = 1.0f, d1 = 1.0f;
@@ -249,7 +256,7 @@ __device__ __forceinline__ void cursor_enter(const job &j, cursor &c)
     gpu_unit u = gpu_cut_unit(cut, c.item % j.chunks, c.unit);
     c.left = u.tiles;
     c.rows = u.rows;
-    c.at = j.g->w + (size_t)j.g->list[c.item / j.chunks].expert * j.g->m.bytes +
+    c.at = j.g->w + (size_t)load_entry(j.g->list + c.item / j.chunks).expert * j.g->m.bytes +
            (size_t)(u.row_tile * cut->k_tiles + u.tile) * j.g->m.tile_bytes;
 }
 
@@ -356,15 +363,14 @@ __global__ void __launch_bounds__(GPU_WARPS * 32, SPLIT ? 2 : 1) gemm_kernel(con
     const uint32_t bars = shared_address(shared) + warp * MAX_SLOTS * 8;
     const int chunks = gpu_cut_chunks(&g.cut);
     int64_t from, to;
-    gpu_share((int64_t)*g.n_entries * chunks, blockIdx.x, gridDim.x, &from, &to);
+    gpu_share((int64_t)load_count(g.n_entries) * chunks, blockIdx.x, gridDim.x, &from, &to);
     const job j = {&g, chunks, (int)from, (int)to, warp, lane};
 
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
         for (int s = 0; s < g.slots; s++)
-            barrier_init(bars + 8 * s);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            barrier_init(bars + 8 * s, 1);
+        barrier_init_fence();
     }
     __syncwarp();
 #endif
@@ -372,12 +378,14 @@ __global__ void __launch_bounds__(GPU_WARPS * 32, SPLIT ? 2 : 1) gemm_kernel(con
     cursor_enter(j, next);
     for (int s = 0; s < g.slots; s++)
         fetch<TYPE, MR>(j, next, ring + s * SLOT, bars + 8 * s);
+    chain_wait();
+    chain_release();
 
     int slot = 0;
     uint32_t parity = 0;
     for (int item = j.from; item < j.to; item++) {
         const int chunk_i = item % chunks, units = gpu_cut_units(&g.cut, chunk_i);
-        const gpu_entry e = g.list[item / chunks];
+        const gpu_entry e = load_entry(g.list + item / chunks);
         columns<NT> col;
         if (warp < units) find_columns<NT>(g, e, lane, col);
         for (int unit = warp; unit < units; unit += GPU_WARPS) {
@@ -440,45 +448,5 @@ __global__ void __launch_bounds__(GPU_WARPS * 32, SPLIT ? 2 : 1) gemm_kernel(con
             __syncthreads();
         }
     }
-}
-
-// ---- launching ----
-
-template <int TYPE> static int launch_type(const gpu_gemm *g, int split, int n_blocks, cudaStream_t stream)
-{
-    size_t smem = gpu_gemm_smem(g, split);
-    if (split)
-        gemm_kernel<TYPE, 1, GPU_NARROW_COLS / 8, true><<<n_blocks, GPU_WARPS * 32, smem, stream>>>(*g);
-    else
-        gemm_kernel<TYPE, GPU_WIDE_ROWS, GPU_WIDE_COLS / 8, false>
-            <<<n_blocks, GPU_WARPS * 32, smem, stream>>>(*g);
-    return cudaGetLastError();
-}
-
-template <int TYPE> static int prepare_type(int smem_limit)
-{
-    cudaFuncAttributes a;
-    cudaError_t e = cudaFuncGetAttributes(&a, gemm_kernel<TYPE, 1, GPU_NARROW_COLS / 8, true>);
-    if (e == cudaSuccess)
-        e = cudaFuncGetAttributes(&a, gemm_kernel<TYPE, GPU_WIDE_ROWS, GPU_WIDE_COLS / 8, false>);
-    if (e == cudaSuccess)
-        e = cudaFuncSetAttribute(gemm_kernel<TYPE, 1, GPU_NARROW_COLS / 8, true>,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, smem_limit);
-    if (e == cudaSuccess)
-        e = cudaFuncSetAttribute(gemm_kernel<TYPE, GPU_WIDE_ROWS, GPU_WIDE_COLS / 8, false>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, smem_limit);
-    return e;
-}
-
-template <int TYPE> static int occupancy_type(const gpu_gemm *g, int split)
-{
-    int n = 0;
-    size_t smem = gpu_gemm_smem(g, split);
-    cudaError_t e =
-        split ? cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                    &n, gemm_kernel<TYPE, 1, GPU_NARROW_COLS / 8, true>, GPU_WARPS * 32, smem)
-              : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                    &n, gemm_kernel<TYPE, GPU_WIDE_ROWS, GPU_WIDE_COLS / 8, false>, GPU_WARPS * 32, smem);
-    return e == cudaSuccess ? n : 0;
 }
 #endif

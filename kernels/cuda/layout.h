@@ -88,6 +88,13 @@ GPU_FN int gpu_act_at(int k)
     int in = k % 32, step = in / 16, kc = in % 16;
     return k - in + (kc % 8) / 2 * 8 + step * 4 + (kc & 1) + 2 * (kc / 8);
 }
+/* Where the sum of values 32j .. 32j + 31 of a row lies, in halves: the sum over 32 as a half, then
+ * (`rest`) what that half lost. Those of one tile are 16 halves, one more step of a product whose A
+ * operand is the eight minimums of a row, twice. */
+GPU_FN int gpu_sum_at(int j, int rest)
+{
+    return j / 8 * 16 + rest * 8 + j % 8;
+}
 /* The 128-byte swizzle of shared memory that wgmma reads: rows of 128 bytes (64 values along k). */
 GPU_FN int gpu_swizzle(int row, int byte)
 {
@@ -381,10 +388,15 @@ GPU_FN int gpu_segment_count(int k_tiles)
 
 /* ---- work lists ---- */
 
-/* Some of the pairs of one expert: pairs first .. first + cols - 1 of the sorted list. */
+/* Some of the pairs of one expert: pairs first .. first + cols - 1 of the sorted list. It is entry
+ * `nth` of the expert's `of`. */
 typedef struct gpu_entry {
-    int32_t expert, first, cols, pad;
+    int32_t expert, first, cols;
+    uint16_t nth, of;
 } gpu_entry;
+
+/* What `of` can count, with entries of 16 pairs. */
+enum { GPU_MOST_PAIRS = 16 * 65535 };
 
 GPU_FN int gpu_entries_of(int m, int width)
 {
@@ -404,7 +416,8 @@ GPU_FN void gpu_entries_put(gpu_entry *list, int at, int expert, int first, int 
         e.expert = expert;
         e.first = first + i * width;
         e.cols = m - i * width < width ? m - i * width : width;
-        e.pad = 0;
+        e.nth = (uint16_t)i;
+        e.of = (uint16_t)gpu_entries_of(m, width);
         list[at + i] = e;
     }
 }

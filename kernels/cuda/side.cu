@@ -2,7 +2,7 @@
 // combine of routers to come. Each result element has one writer and one order of additions.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "kernels/cuda/chain.cuh"
 #include "kernels/cuda/gpu.h"
 
 // ---- activation rows ----
@@ -46,11 +46,13 @@ __device__ __forceinline__ void row_scale(float amax, float *down, float *up)
 }
 
 __global__ void __launch_bounds__(ROW_THREADS)
-    rows_kernel(int act, const uint8_t *src, gpu_rows to, const int32_t *n, int k, int is_bf16)
+    rows_kernel(int act, const uint8_t *src, gpu_rows to, const int32_t *n, int k, int is_bf16, int natural)
 {
     __shared__ float best[ROW_THREADS / 32];
     const int k_tiles = (k + GPU_TILE_K - 1) / GPU_TILE_K, padded = k_tiles * GPU_TILE_K;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    chain_wait();
+    chain_release();
     for (int row = blockIdx.x; row < *n; row += gridDim.x) {
         const uint8_t *from = src + (size_t)row * row_bytes(act, k);
         float down = 1.0f, up = 1.0f;
@@ -82,20 +84,25 @@ __global__ void __launch_bounds__(ROW_THREADS)
                 bits = __half_as_ushort(h);
                 v = __half2float(h);
             }
-            to.value[(size_t)row * padded + gpu_act_at(i)] = bits;
+            to.value[(size_t)row * padded + (natural ? i : gpu_act_at(i))] = bits;
             for (int d = 16; d > 0; d /= 2)
                 v += __shfl_xor_sync(~0u, v, d);
-            if (lane == 0) to.sum[(size_t)row * (padded / 32) + at / 32] = v;
+            if (lane > 0 || is_bf16) continue;
+            uint16_t *sum = to.sum + (size_t)row * (padded / 16);
+            v *= 1.0f / 32; // below 2^14 again
+            __half whole = __float2half_rn(v), rest = __float2half_rn(v - __half2float(whole));
+            sum[gpu_sum_at(at / 32, 0)] = __half_as_ushort(whole);
+            sum[gpu_sum_at(at / 32, 1)] = __half_as_ushort(rest);
         }
     }
 }
 
 extern "C" int gpu_launch_rows(int act, const void *src, gpu_rows to, const int32_t *n, int most, int k,
-                               int is_bf16, gpu_stream stream)
+                               int is_bf16, int form, int chained, gpu_stream stream)
 {
     int blocks = most < 1 ? 1 : most < 4096 ? most : 4096;
-    rows_kernel<<<blocks, ROW_THREADS, 0, (cudaStream_t)stream>>>(act, (const uint8_t *)src, to, n, k, is_bf16);
-    return cudaGetLastError();
+    return launch(rows_kernel, blocks, ROW_THREADS, 0, (cudaStream_t)stream, chained, act, (const uint8_t *)src, to,
+                  n, k, is_bf16, (int)(form == GPU_FORM_WGMMA));
 }
 
 // ---- the work list ----
@@ -108,6 +115,8 @@ __global__ void __launch_bounds__(LIST_THREADS)
 {
     __shared__ int sum[2][LIST_THREADS];
     int base = 0;
+    chain_wait(); // the first launch of a pass: there is nothing to wait for
+    chain_release();
     for (int first = 0; first < n_experts; first += LIST_THREADS) {
         const int e = first + threadIdx.x;
         const int m = e < n_experts ? offset[e + 1] - offset[e] : 0, own = gpu_entries_of(m, width);
