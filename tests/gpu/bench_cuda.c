@@ -2,8 +2,9 @@
  * bench_cuda [type]: microseconds of a whole expert layer on cuda:0 (rows, list, gate_up with
  * SwiGLU, hidden rows, down), as a shard queues it. A graph holds one pass over each of eight
  * layers, whose weights are apart in memory, with four routings in turn, so that no cache serves
- * twice; events stand around replays of it. Both forms of the product kernels are timed; the
- * ceiling is a pure read of 4 GiB in the same run.
+ * twice; events stand around replays of it. Every form of the product kernels is timed (0: not on
+ * this device); the ceiling is a pure read of 4 GiB in the same run. MOED_CUDA_CHAIN=off times
+ * launches that do not overlap.
  *
  * Weights: four random experts of the type, packed on the CPU and repeated. The error is that of
  * two result rows against float64 of the same weights.
@@ -15,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "base/base.h"
-#include "kernels/cuda/gpu.h"
+#include "kernels/cuda/form.h"
 #include "kernels/cuda/pack.h"
 #include "kernels/kernels.h"
 #include "tests/kernels/check.h"
@@ -36,6 +37,7 @@ enum { MOST_TOKENS = 2048 };
 static cudaStream_t stream;
 static uint64_t state = 0x9e3779b97f4a7c15ull;
 static int n_sm, smem_limit;
+static gpu_forms forms;
 bool check_quick;
 int check_failures;
 
@@ -200,7 +202,7 @@ static routing route(const bench *b, int shape, int n_tokens)
 
 /* ---- time ---- */
 
-static void queue_layer(const bench *b, const routing *r, int layer, int split)
+static void queue_layer(const bench *b, const routing *r, int layer, int form)
 {
     size_t first = (size_t)(layer * b->local);
     gpu_gemm g = {.w = b->w[0] + first * b->m[0].bytes,
@@ -218,20 +220,21 @@ static void queue_layer(const bench *b, const routing *r, int layer, int split)
                   .n_entries = b->n_entries,
                   .out = b->out,
                   .ld = b->hidden};
-    gpu_gemm_plan(&g, split, smem_limit);
-    gpu_gemm_plan(&d, split, smem_limit);
-    int bf16 = b->type == KERN_BF16;
-    must(
-        gpu_launch_rows(KERN_ACT_F32, b->x_in, b->x, r->device, r->n_rows, b->hidden, bf16, stream),
-        "rows");
-    must(gpu_launch_list(r->device + 2, b->local, split ? GPU_NARROW_COLS : GPU_WIDE_COLS, b->list,
-                         b->n_entries, stream),
-         "list");
-    must(gpu_launch_gemm(&g, split, n_sm * gpu_gemm_occupancy(&g, split), stream), "gate_up");
-    must(gpu_launch_rows(KERN_ACT_F32, b->h, b->hx, r->device + 1, r->n_pairs, b->inter, bf16,
+    gpu_gemm_plan(&g, form, smem_limit);
+    gpu_gemm_plan(&d, form, smem_limit);
+    int bf16 = b->type == KERN_BF16, chained = forms.chained;
+    must(gpu_launch_list(r->device + 2, b->local, gpu_form_width(form), b->list, b->n_entries,
                          stream),
+         "list");
+    must(gpu_launch_rows(KERN_ACT_F32, b->x_in, b->x, r->device, r->n_rows, b->hidden, bf16, form,
+                         chained, stream),
+         "rows");
+    must(gpu_launch_gemm(&g, form, n_sm * gpu_gemm_occupancy(&g, form), chained, stream),
+         "gate_up");
+    must(gpu_launch_rows(KERN_ACT_F32, b->h, b->hx, r->device + 1, r->n_pairs, b->inter, bf16, form,
+                         chained, stream),
          "hidden");
-    must(gpu_launch_gemm(&d, split, n_sm * gpu_gemm_occupancy(&d, split), stream), "down");
+    must(gpu_launch_gemm(&d, form, n_sm * gpu_gemm_occupancy(&d, form), chained, stream), "down");
 }
 
 static int by_value(const void *a, const void *b)
@@ -240,9 +243,10 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Median microseconds of one layer; 0 when nothing is routed here. */
-static double time_layers(const bench *b, const routing *r, int split)
+/* Median microseconds of one layer; 0 when the device has no such form. */
+static double time_layers(const bench *b, const routing *r, int form)
 {
+    if (form == GPU_FORM_WGMMA && !gpu_forms_serve(&forms, b->type, b->type)) return 0;
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     cudaEvent_t from, to;
@@ -251,7 +255,7 @@ static double time_layers(const bench *b, const routing *r, int split)
     must(cudaEventCreate(&to), "event");
     must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
     for (int l = 0; l < LAYERS; l++)
-        queue_layer(b, &r[l % ROUTINGS], l, split);
+        queue_layer(b, &r[l % ROUTINGS], l, form);
     must(cudaStreamEndCapture(stream, &graph), "capture");
     must(cudaGraphInstantiate(&exec, graph, 0), "graph");
     int replays = 1;
@@ -286,13 +290,13 @@ static double dot(const gpu_matrix *m, const uint8_t *file, int row, const doubl
 
 /* Mean relative error of the first and the last pair of the last routing, after a pass over layer
  * 0. */
-static double error_of(const bench *b, const routing *r, int split)
+static double error_of(const bench *b, const routing *r, int form)
 {
     const int32_t *offset = r->host + 2, *row = offset + b->local + 1;
     double *x = ep_alloc((size_t)b->hidden * 8), *h = ep_alloc((size_t)b->inter * 8), error = 0,
            size = 0;
     float *w = ep_alloc((size_t)(b->hidden + b->inter) * 4), *got = ep_alloc((size_t)b->hidden * 4);
-    queue_layer(b, r, 0, split);
+    queue_layer(b, r, 0, form);
     must(cudaStreamSynchronize(stream), "a pass");
     for (int n = 0; n < 2; n++) {
         int pair = n ? r->n_pairs - 1 : 0, e = 0;
@@ -350,7 +354,8 @@ static void bench_shape(int shape, int type, double ceiling)
     bench_open(&b, shape, type);
     printf("\n%s, %s: %.1f MB per expert, %d experts here\n", shapes[shape].name,
            kern_type_name(type), (double)(b.m[0].bytes + b.m[1].bytes) / 1e6, b.local);
-    printf("tokens pairs active  split_us   wide_us        MB  of_ceiling  TFLOP/s     error\n");
+    printf("tokens pairs active  split_us   wide_us  wgmma_us        MB  of_ceiling  TFLOP/s     "
+           "error\n");
     for (size_t t = 0; t < sizeof tokens / sizeof tokens[0]; t++) {
         routing r[ROUTINGS];
         double pairs = 0, active = 0;
@@ -361,13 +366,19 @@ static void bench_shape(int shape, int type, double ceiling)
             pairs += (double)r[i].n_pairs / ROUTINGS;
             active += (double)r[i].active / ROUTINGS;
         }
-        double us[2] = {time_layers(&b, r, 0), time_layers(&b, r, 1)};
-        double best = us[0] < us[1] ? us[0] : us[1], error = error_of(&b, &r[0], us[1] <= us[0]);
+        double us[GPU_FORMS];
+        int best_form = 0;
+        for (int form = 0; form < GPU_FORMS; form++) {
+            us[form] = time_layers(&b, r, form);
+            if (us[form] > 0 && us[form] < us[best_form]) best_form = form;
+        }
+        double best = us[best_form], error = error_of(&b, &r[0], best_form);
         double bytes = active * (double)(b.m[0].bytes + b.m[1].bytes) +
                        pairs * (b.hidden * 4.0 + b.inter * 12.0);
         double flop = pairs * 6.0 * b.hidden * b.inter;
-        printf("%6d %5.0f %6.1f %9.1f %9.1f %9.1f %10.1f%% %8.1f  %.2e\n", tokens[t], pairs, active,
-               us[1], us[0], bytes / 1e6, 100 * bytes / best / ceiling, flop / best / 1e6, error);
+        printf("%6d %5.0f %6.1f %9.1f %9.1f %9.1f %9.1f %10.1f%% %8.1f  %.2e\n", tokens[t], pairs,
+               active, us[GPU_FORM_SPLIT], us[GPU_FORM_WIDE], us[GPU_FORM_WGMMA], bytes / 1e6,
+               100 * bytes / best / ceiling, flop / best / 1e6, error);
         fflush(stdout);
         for (int i = 0; i < ROUTINGS; i++) {
             cudaFree(r[i].device);
@@ -394,9 +405,11 @@ int main(int argc, char **argv)
          "attribute");
     must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
     must(gpu_gemm_prepare(smem_limit), "kernels for this GPU");
+    ep_err err = {{0}};
+    if (gpu_forms_open(&forms, 0, smem_limit, &err) != EP_OK) check_fail("%s\n", err.text);
     double ceiling = read_ceiling();
-    printf("seed %llu, %d multiprocessors, read ceiling %.2f TB/s\n", (unsigned long long)state,
-           n_sm, ceiling / 1e6);
+    printf("seed %llu, %d multiprocessors, %s, launches %schained, read ceiling %.2f TB/s\n",
+           (unsigned long long)state, n_sm, forms.line, forms.chained ? "" : "not ", ceiling / 1e6);
     for (int shape = 0; shape < 3; shape++)
         bench_shape(shape, type, ceiling);
     return 0;

@@ -1,8 +1,8 @@
 # What needs the CUDA toolkit. Without a GPU check_cuda skips aloud; the rest is proved anywhere nvcc is.
 if(MOED_HAVE_CUDA)
   moed_test(test_cuda_open LABEL gpu TIMEOUT 60 SOURCES gpu/test_cuda_open.c LIBS moed_kernels moed_base)
-  moed_test(check_cuda LABEL gpu TIMEOUT 300 SOURCES kernels/check_cuda.c kernels/check_cuda_side.c kernels/check_data.c
-    LIBS moed_kernels moed_base CUDA::cudart_static m)
+  moed_test(check_cuda LABEL gpu TIMEOUT 300 SOURCES kernels/check_cuda.c kernels/check_cuda_side.c kernels/check_cuda_forms.c
+    kernels/check_data.c LIBS moed_kernels moed_base CUDA::cudart_static m)
   add_library(bench_cuda_read OBJECT ${PROJECT_SOURCE_DIR}/tests/gpu/read.cu)
   target_compile_options(bench_cuda_read PRIVATE ${MOED_CUDA_FLAGS})
   moed_program(bench_cuda ${PROJECT_SOURCE_DIR}/tests/gpu/bench_cuda.c ${PROJECT_SOURCE_DIR}/tests/kernels/check_data.c $<TARGET_OBJECTS:bench_cuda_read>)

@@ -1,11 +1,11 @@
 /*
  * check_cuda [quick]: the CUDA device against the specification. Every weight type and pair of
- * types, ragged shapes, counts that fill, miss and exceed every tile, both forms of the product
- * kernels:
+ * types, ragged shapes, counts that fill, miss and exceed every tile; the forms of the product
+ * kernels one by one in check_cuda_forms.c:
  *   - packed on the device = packed on the CPU, by checksum of the bytes;
  *   - mean relative error against float64 of the same quantised weights and rows, 1e-3 (2e-3 for
  * bf16), and against the CPU device within the CPU's own bound;
- *   - a row's bits do not depend on the batch: m = 1, 4, 16, 64, 257 for one expert.
+ *   - a row's bits do not depend on the batch: m = 1, 4, 16, 17, 25, 64, 257 for one expert.
  * Skipped aloud (77) without a device. The seed is fixed and printed by check_data.c's users.
  */
 #include "check_cuda.h"
@@ -244,7 +244,7 @@ static void check_pass(const layer *l, const int *counts, kern_act act, const ch
 static void check_bits(const layer *l)
 {
     enum { MOST = 257 };
-    static const int sizes[] = {1, 4, 16, 17, 64, 257};
+    static const int sizes[] = {1, 4, 16, 17, 25, 64, 257};
     int counts[8] = {3, MOST, 40}, n = l->shape.n_experts;
     size_t hidden = (size_t)l->shape.hidden;
     pass p = pass_make(l, counts, KERN_ACT_F32);
@@ -319,6 +319,7 @@ int main(int argc, char **argv)
     check_lists();
     check_gate();
     check_combine();
+    check_forms();
     check_layer(KERN_Q4_K, KERN_Q4_K, 256, 256);
     check_layer(KERN_Q4_K, KERN_Q6_K, 768, 512);
     check_layer(KERN_GPTQ4, KERN_GPTQ4, 384, 128);

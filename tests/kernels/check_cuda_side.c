@@ -28,7 +28,7 @@ void check_lists(void)
 {
     static const int sizes[] = {1, 11, 128, 512, 513, 1500};
     for (int i = 0; i < 6; i++)
-        for (int width = 16; width <= 32; width *= 2) {
+        for (int width = 16; width <= 64; width *= 2) {
             int n = sizes[i];
             int32_t *offset = ep_calloc((size_t)n + 1, 4), got_n = -1;
             for (int e = 0; e < n; e++)

@@ -408,14 +408,14 @@ static float bf16_float(uint32_t h)
     return f;
 }
 
-/* One row of one tile times one activation row; the formula of kernels.cu. */
+/* One row of one tile times one activation row; the formula of gemm.cuh and wgmma.cuh. */
 static float tile_product(int type, const uint8_t *tile, int row, const float *x)
 {
     const int group = type == KERN_Q4_K || type == KERN_Q8_0 ? 32
                       : type == KERN_Q6_K                    ? 16
                       : type == KERN_GPTQ4                   ? 128
                                                              : 256;
-    float block = 0.0f, mins = 0.0f;
+    float block = 0.0f, mins[2] = {0.0f, 0.0f}; /* with sums of 32, with what their rounding lost */
     const uint8_t *head = tile + 16 * row;
     uint32_t sc[2] = {0}, mn[2] = {0};
     if (type == KERN_Q4_K)
@@ -436,7 +436,9 @@ static float tile_product(int type, const uint8_t *tile, int row, const float *x
         }
         if (type == KERN_Q4_K) {
             scale = (float)(sc[j / 4] >> 8 * (j % 4) & 255);
-            mins = fmaf((float)(mn[j / 4] >> 8 * (j % 4) & 255), sum, mins);
+            float least = (float)(mn[j / 4] >> 8 * (j % 4) & 255), whole = rounded(sum / 32, 11);
+            mins[0] = fmaf(least, whole, mins[0]);
+            mins[1] = fmaf(least, rounded(sum / 32 - whole, 11), mins[1]);
         } else if (type == KERN_Q6_K) {
             scale = (float)(int8_t)head[j];
         } else if (type == KERN_Q8_0) {
@@ -448,7 +450,7 @@ static float tile_product(int type, const uint8_t *tile, int row, const float *x
     }
     if (type == KERN_Q4_K)
         return fmaf(half_float(gpu_tile_u16(head)), block,
-                    -(half_float(gpu_tile_u16(head + 2)) * mins));
+                    -(32 * half_float(gpu_tile_u16(head + 2)) * (mins[0] + mins[1])));
     if (type == KERN_Q6_K) return half_float(gpu_tile_u16(tile + 256 + 2 * row)) * block;
     return block;
 }
