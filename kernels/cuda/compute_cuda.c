@@ -5,8 +5,8 @@
  *
  * Invariants: graphs hold pointers that stay until the next `reserve`; counts are read on the
  * device, so one graph serves every pass of its bucket; which graph serves a pass never changes a
- * bit of its results (form.h). After a device error every call fails with EP_ERR_DEVICE, as CUDA's own state
- * is lost.
+ * bit of its results (form.h). After a device error every call fails with EP_ERR_DEVICE, as CUDA's
+ * own state is lost.
  *
  * Different experts may be loaded from different threads: they take turns at the device.
  */

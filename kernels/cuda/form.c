@@ -52,7 +52,7 @@ static const int32_t offsets[N_EXPERTS + 1] = {0, 105, 125, 130};
 
 /* What goes to the device, in one copy. */
 typedef struct question {
-    uint8_t weights[9 * K_TILES * 16 * 512]; /* of all three experts */
+    uint8_t weights[9 * K_TILES * 16 * 512];           /* of all three experts */
     uint16_t value[2][N_PAIRS * K_TILES * GPU_TILE_K]; /* [form is wgmma]: the two orders */
     uint16_t sum[N_PAIRS * K_TILES * 16];
     gpu_entry list[2][MOST_ENTRIES]; /* up to here places are multiples of 16 */
@@ -76,7 +76,8 @@ static uint64_t draw(uint64_t *state)
 static uint16_t any_value(uint64_t r, bool bf16)
 {
     uint32_t bits = (uint32_t)r & 0xffff, e = (uint32_t)(r >> 32);
-    return (uint16_t)(bf16 ? (bits & 0x807f) | (107 + e % 34) << 7 : (bits & 0x83ff) | e % 29 << 10);
+    return (uint16_t)(bf16 ? (bits & 0x807f) | (107 + e % 34) << 7
+                           : (bits & 0x83ff) | e % 29 << 10);
 }
 
 static void ask_for(question *q, int type, int k_tiles)
@@ -101,9 +102,8 @@ static void ask_for(question *q, int type, int k_tiles)
     for (int i = 0; i < N_PAIRS; i++)
         q->scale[i] = 1.0f;
     for (int i = 0; i < 2; i++)
-        q->n_entries[i] =
-            gpu_entries_build(q->list[i], offsets, N_EXPERTS,
-                              gpu_form_width(i ? GPU_FORM_WGMMA : GPU_FORM_WIDE));
+        q->n_entries[i] = gpu_entries_build(q->list[i], offsets, N_EXPERTS,
+                                            gpu_form_width(i ? GPU_FORM_WGMMA : GPU_FORM_WIDE));
 }
 
 /* Both forms of one question, queued; answers by [form is wgmma]. */
@@ -216,10 +216,10 @@ static void say_found(gpu_forms *f, bool asked, const char *forced)
 {
     const uint32_t all = (1u << N_TYPES) - 1;
     size_t at = (size_t)snprintf(f->line, sizeof f->line, "%s%s",
-                                 f->only_wgmma      ? "wgmma"
-                                 : f->wgmma == all  ? "wgmma and mma.sync"
-                                 : f->wgmma != 0    ? "mma.sync and in part wgmma"
-                                                    : "mma.sync",
+                                 f->only_wgmma     ? "wgmma"
+                                 : f->wgmma == all ? "wgmma and mma.sync"
+                                 : f->wgmma != 0   ? "mma.sync and in part wgmma"
+                                                   : "mma.sync",
                                  forced != NULL ? " by MOED_CUDA_FORM" : "");
     if (!asked || f->wgmma == all) return;
     at += (size_t)snprintf(f->line + at, sizeof f->line - at, " (wgmma gives other bits:");
@@ -252,7 +252,8 @@ ep_status gpu_forms_open(gpu_forms *f, int device, int smem_limit, ep_err *err)
     if (e == cudaSuccess)
         e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     /* Graphs take such launches since 12.3. */
-    f->chained = CUDART_VERSION >= 12030 && major >= 9 && (chain == NULL || strcmp(chain, "on") == 0);
+    f->chained =
+        CUDART_VERSION >= 12030 && major >= 9 && (chain == NULL || strcmp(chain, "on") == 0);
     bool possible = major == 9 && minor == 0, missing = false;
     bool asks = possible && (form == NULL || f->only_wgmma);
     if (e == cudaSuccess && asks) e = ask_all(f, smem_limit, &missing);
@@ -267,8 +268,8 @@ ep_status gpu_forms_open(gpu_forms *f, int device, int smem_limit, ep_err *err)
                        "they are not used",
                        device, cudaGetErrorString((cudaError_t)e), e);
     if (f->only_wgmma && (!possible || missing))
-        return ep_fail(err, EP_ERR_UNSUPPORTED,
-                       "device cuda:%d: MOED_CUDA_FORM=wgmma, but %s", device,
+        return ep_fail(err, EP_ERR_UNSUPPORTED, "device cuda:%d: MOED_CUDA_FORM=wgmma, but %s",
+                       device,
                        possible ? "this program was not built for sm_90a"
                                 : "that needs compute capability 9.0");
     say_found(f, asks && !missing, form);

@@ -16,8 +16,8 @@ typedef struct gpu_forms {
     char line[112];  /* what was found, for people */
 } gpu_forms;
 
-/* Of the current device, after gpu_gemm_prepare. Reads MOED_CUDA_FORM and MOED_CUDA_CHAIN. A failure
- * says why; after EP_ERR_DEVICE the device may still be busy with the question. */
+/* Of the current device, after gpu_gemm_prepare. Reads MOED_CUDA_FORM and MOED_CUDA_CHAIN. A
+ * failure says why; after EP_ERR_DEVICE the device may still be busy with the question. */
 ep_status gpu_forms_open(gpu_forms *f, int device, int smem_limit, ep_err *err);
 /* Whether the wgmma form may serve weights of these two types. */
 bool gpu_forms_serve(const gpu_forms *f, int gate_type, int down_type);

@@ -37,9 +37,9 @@ typedef struct gpu_counts {
 } gpu_counts;
 
 /* Activation rows as the products want them: 16-bit values padded with zeros to whole tiles, in
- * gpu_act_at order or, for the wgmma form, as they are. Half rows are divided by a power of two (`scale`) that puts their largest value
- * below 2^14, so that no row overflows and small values keep their bits; bfloat16 rows are as they
- * are, scale 1. */
+ * gpu_act_at order or, for the wgmma form, as they are. Half rows are divided by a power of two
+ * (`scale`) that puts their largest value below 2^14, so that no row overflows and small values
+ * keep their bits; bfloat16 rows are as they are, scale 1. */
 typedef struct gpu_rows {
     uint16_t *value; /* [n, k_tiles * 256] */
     float *scale;    /* [n] */

@@ -16,10 +16,10 @@
 #include "kernels/cuda/layout.h"
 
 enum {
-    GPU_ITEM_TILES = 8,  /* row tiles: four of each warpgroup */
-    GPU_ITEM_COLS = 64,  /* pairs */
-    GPU_COLS_STEP = 16,  /* columns are computed in multiples of so many */
-    GPU_SLAB_K = 64,     /* values of a 128-byte row */
+    GPU_ITEM_TILES = 8, /* row tiles: four of each warpgroup */
+    GPU_ITEM_COLS = 64, /* pairs */
+    GPU_COLS_STEP = 16, /* columns are computed in multiples of so many */
+    GPU_SLAB_K = 64,    /* values of a 128-byte row */
     GPU_SLAB_BYTES = GPU_ITEM_COLS * 128,
     GPU_VALUE_BYTES = GPU_TILE_K / GPU_SLAB_K * GPU_SLAB_BYTES,
     GPU_SUM_BYTES = GPU_ITEM_COLS * 32,
@@ -73,10 +73,15 @@ GPU_FN uint64_t gpu_operand(uint32_t start, int k_stride, int col_stride, int sw
     return (uint64_t)(start >> 4 & 0x3fff) | (uint64_t)(k_stride >> 4) << 16 |
            (uint64_t)(col_stride >> 4) << 32 | (uint64_t)(swizzle_128 ? 1 : 0) << 62;
 }
-/* Columns of k-step `step` of the stage at shared address `stage`; its sums. */
-GPU_FN uint64_t gpu_operand_values(uint32_t stage, int step)
+/* The first k-step's columns of the stage at shared address `stage`; those of step `step`, one
+ * addition further; the stage's sums. */
+GPU_FN uint64_t gpu_operand_values(uint32_t stage)
 {
-    return gpu_operand(stage + (uint32_t)(step / 4 * GPU_SLAB_BYTES + step % 4 * 32), 16, 1024, 1);
+    return gpu_operand(stage, 16, 1024, 1);
+}
+GPU_FN uint64_t gpu_operand_step(uint64_t values, int step)
+{
+    return values + (uint64_t)((step / 4 * GPU_SLAB_BYTES + step % 4 * 32) >> 4);
 }
 GPU_FN uint64_t gpu_operand_sums(uint32_t stage)
 {

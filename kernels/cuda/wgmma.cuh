@@ -219,6 +219,7 @@ __device__ __forceinline__ void multiply_tile(uint32_t stage, const uint8_t *til
     float part[GROUP == 16 ? 1 : 2][D], block[D] = {};
     uint32_t a[2][2][4], scales[2][2]; // [pair of steps % 2][step % 2]; [span % 2][row half]
     uint4 four;
+    const uint64_t values = gpu_operand_values(stage);
 #pragma unroll
     for (int step = 0; step < GPU_TILE_STEPS; step++) {
         const int j = step / 2;
@@ -231,7 +232,7 @@ __device__ __forceinline__ void multiply_tile(uint32_t stage, const uint8_t *til
             for (int h = 0; h < 2; h++)
                 scales[step / span<TYPE>::steps % 2][h] = read_scales<TYPE>(tile, lane, h, step);
         if (step % BATCH == 0) wgmma_fence();
-        wgmma<BF16>(part[GROUP == 16 ? 0 : step / GROUP % 2], a[j % 2][step % 2], gpu_operand_values(stage, step),
+        wgmma<BF16>(part[GROUP == 16 ? 0 : step / GROUP % 2], a[j % 2][step % 2], gpu_operand_step(values, step),
                     step % GROUP != 0);
         if ((step + 1) % BATCH != 0) continue;
         wgmma_commit();
@@ -384,10 +385,10 @@ template <int TYPE> __global__ void __launch_bounds__(WGMMA_THREADS, 1) wgmma_ke
     __syncthreads();
     const items w = items_of(g);
     if (threadIdx.x < GROUP_THREADS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)FILLER_REGISTERS));
+        registers_give<FILLER_REGISTERS>();
         fill_stages<TYPE>(g, w, p);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)MULTIPLIER_REGISTERS));
+        registers_take<MULTIPLIER_REGISTERS>();
         multiply_stages<TYPE>(g, w, p, shared + pad);
     }
 #else

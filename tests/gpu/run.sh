@@ -13,11 +13,12 @@ cmake -S . -B "$build" -G Ninja -DMOED_CUDA=ON -DMOED_CUDA_ARCHS=90a-real >"$bui
     cat "$build.log"
     exit 1
 }
-ninja -C "$build" check_cuda bench_cuda test_cuda_layout test_cuda_open >>"$build.log" 2>&1 || {
+ninja -C "$build" check_cuda bench_cuda test_cuda_layout test_cuda_stage test_cuda_open >>"$build.log" 2>&1 || {
     tail -n 40 "$build.log"
     exit 1
 }
 step "$build/tests/test_cuda_layout"
+step "$build/tests/test_cuda_stage"
 step "$build/tests/test_cuda_open"
 step timeout 120 "$build/tests/check_cuda"
 checked=$status

@@ -111,9 +111,9 @@ static void run(product *p, int form, int pairs)
     gpu_gemm_plan(&g, form, smem_limit);
     int blocks = n_sm * gpu_gemm_occupancy(&g, form);
     check_cuda_call(cudaMemset(p->out, 0xff, bytes), "memset");
-    check_cuda_call(gpu_launch_list(p->offset, EXPERTS, gpu_form_width(form), p->list,
-                                    p->n_entries, NULL),
-                    "list kernel");
+    check_cuda_call(
+        gpu_launch_list(p->offset, EXPERTS, gpu_form_width(form), p->list, p->n_entries, NULL),
+        "list kernel");
     check_cuda_call(gpu_launch_rows(KERN_ACT_F32, p->x_in, p->rows, p->n_rows, ROWS, p->m.k,
                                     p->m.type == KERN_BF16, form, forms.chained, NULL),
                     "rows kernel");
@@ -189,9 +189,8 @@ void check_forms(void)
     static const int types[] = {KERN_Q4_K, KERN_Q6_K, KERN_Q8_0, KERN_GPTQ4, KERN_F16, KERN_BF16};
     ep_err err = {{0}};
     check_cuda_call(cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, 0), "attribute");
-    check_cuda_call(
-        cudaDeviceGetAttribute(&smem_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
-        "attribute");
+    check_cuda_call(cudaDeviceGetAttribute(&smem_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
+                    "attribute");
     if (gpu_forms_open(&forms, 0, smem_limit, &err) != EP_OK) {
         check_fail("forms: %s", err.text);
         return;

@@ -35,8 +35,8 @@ static uint32_t hardware_byte(uint64_t d, int col, int k)
     uint32_t start = (uint32_t)(d & 0x3fff), lbo = (uint32_t)(d >> 16 & 0x3fff);
     uint32_t sbo = (uint32_t)(d >> 32 & 0x3fff), mode = (uint32_t)(d >> 62);
     uint32_t in_group = (uint32_t)col % 8, group = (uint32_t)col / 8, column = (uint32_t)k / 8;
-    uint32_t unit = mode == 1 ? in_group * 8 + group * sbo + column
-                              : in_group + group * sbo + column * lbo;
+    uint32_t unit =
+        mode == 1 ? in_group * 8 + group * sbo + column : in_group + group * sbo + column * lbo;
     uint32_t address = ((start + unit) << 4) + (uint32_t)k % 8 * 2;
     if (mode == 1) address ^= (address >> 7 & 7) << 4;
     return address;
@@ -47,10 +47,9 @@ static void test_descriptors(void)
     for (uint32_t stage = 0; stage < 200 * 1024; stage += 49 * 1024) {
         for (int col = 0; col < GPU_ITEM_COLS; col++)
             for (int k = 0; k < GPU_TILE_K; k++) {
-                uint64_t d = gpu_operand_values(stage, k / 16);
+                uint64_t d = gpu_operand_step(gpu_operand_values(stage), k / 16);
                 CHECK((d & ~(uint64_t)0xc0003fff3fff3fff) == 0); /* no base offset, nothing else */
-                CHECK_INT(hardware_byte(d, col, k % 16),
-                          stage + (uint32_t)gpu_stage_value(col, k));
+                CHECK_INT(hardware_byte(d, col, k % 16), stage + (uint32_t)gpu_stage_value(col, k));
             }
         for (int col = 0; col < GPU_ITEM_COLS; col++)
             for (int j = 0; j < 16; j++)
@@ -259,7 +258,8 @@ static void b_by_stage(const columns *c, int col, int step, float b[16])
 {
     for (int k = 0; k < 16; k++) {
         uint16_t v;
-        memcpy(&v, c->stage + hardware_byte(gpu_operand_values(0, step), col, k), 2);
+        memcpy(&v, c->stage + hardware_byte(gpu_operand_step(gpu_operand_values(0), step), col, k),
+               2);
         b[k] = as_float(v);
     }
 }
