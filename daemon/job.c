@@ -62,8 +62,9 @@ static ep_status fixed_words(const config *cfg, const char *run_dir, ep_buf *tex
     ep_status status = word(text, cfg->launch.mpirun);
     for (size_t i = 0; i < sizeof(words) / sizeof(words[0]) && status == EP_OK; i++)
         status = word(text, words[i]);
-    static const char *const passed[] = {"MOED_KERNELS", "MOED_LOG"};
-    for (size_t i = 0; i < 2 && status == EP_OK; i++) {
+    static const char *const passed[] = {"MOED_KERNELS", "MOED_LOG", "MOED_CUDA_FORM",
+                                         "MOED_CUDA_CHAIN"};
+    for (size_t i = 0; i < sizeof(passed) / sizeof(passed[0]) && status == EP_OK; i++) {
         if (getenv(passed[i]) == NULL) continue;
         status = word(text, "-x");
         if (status == EP_OK) status = word(text, passed[i]);

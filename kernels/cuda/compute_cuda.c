@@ -295,9 +295,10 @@ static ep_status cuda_stack_open(compute *c, const compute_shape *p, compute_sta
             return status;
         }
         for (int form = 0; form < GPU_FORMS; form++) {
+            if (form == GPU_FORM_WGMMA && !s->wgmma) continue;
             gpu_gemm g = plan_of(s, i, form);
             s->blocks[i][form] = c->n_sm * gpu_gemm_occupancy(&g, form);
-            if (s->blocks[i][form] > 0 || (form == GPU_FORM_WGMMA && !s->wgmma)) continue;
+            if (s->blocks[i][form] > 0) continue;
             status = ep_fail(err, EP_ERR_UNSUPPORTED,
                              "device cuda:%d: %zu bytes of shared memory needed", c->device,
                              gpu_gemm_smem(&g, form));

@@ -120,7 +120,8 @@ __device__ __forceinline__ void fence_async()
 // ---- wgmma: a warpgroup's 64 rows from registers, columns from shared memory ----
 //
 // A product runs beside the threads that issued it. Until wgmma_wait says it is done its A registers must keep their
-// values and its sums must not be touched; `hold` tells the compiler that they are in use up to there.
+// values and its sums must not be touched; `hold` tells the compiler that they are in use up to there, and, before a
+// fence, that they are made by then.
 
 template <int N> __device__ __forceinline__ void hold(float (&d)[N])
 {

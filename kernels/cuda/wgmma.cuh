@@ -231,7 +231,12 @@ __device__ __forceinline__ void multiply_tile(uint32_t stage, const uint8_t *til
 #pragma unroll
             for (int h = 0; h < 2; h++)
                 scales[step / span<TYPE>::steps % 2][h] = read_scales<TYPE>(tile, lane, h, step);
-        if (step % BATCH == 0) wgmma_fence();
+        if (step % BATCH == 0) { // decoded before the fence, not after it
+#pragma unroll
+            for (int b = 0; b < BATCH; b++)
+                hold(a[j % 2][(step + b) % 2]);
+            wgmma_fence();
+        }
         wgmma<BF16>(part[GROUP == 16 ? 0 : step / GROUP % 2], a[j % 2][step % 2], gpu_operand_step(values, step),
                     step % GROUP != 0);
         if ((step + 1) % BATCH != 0) continue;
@@ -250,6 +255,7 @@ __device__ __forceinline__ void multiply_tile(uint32_t stage, const uint8_t *til
     float d[2] = {1.0f, 1.0f}, dmin[2];
     if constexpr (TYPE == KERN_Q4_K) { // one more product, of the minimums, while the last group is scaled
         read_minimums(tile, lane, least, d, dmin);
+        hold(least);
         wgmma_fence();
         wgmma<false>(part[0], least, gpu_operand_sums(stage), 0);
         wgmma_commit();
