@@ -130,7 +130,7 @@ int check_main(const char *config_path)
     for (int i = 0; i < c->n_shards; i++)
         lists[i] = c->shards[i].experts;
     if (kern_select(c->kernels, &err) != EP_OK || model_open(&m, c->model, &err) != EP_OK ||
-        model_tokenizer_open(&t, m->file, &err) != EP_OK ||
+        model_tokenizer_open(&t, m, &err) != EP_OK ||
         model_placement_make(&p, m->shape.n_experts, c->n_shards, lists, 1, &err) != EP_OK) {
         refuse(err.text);
         goto done;

@@ -385,7 +385,7 @@ static void data_address(const rank *r, char *out, size_t out_bytes)
 static ep_status end_tokens(const rank *r, int32_t **ids, int *n, ep_err *err)
 {
     model_tokenizer *t = NULL;
-    ep_status status = model_tokenizer_open(&t, r->m->file, err);
+    ep_status status = model_tokenizer_open(&t, r->m, err);
     if (status != EP_OK) return status;
     int32_t *list = ep_alloc((size_t)model_n_tokens(t) * sizeof(*list));
     if (list == NULL) status = ep_fail(err, EP_ERR_NOMEM, "out of memory");

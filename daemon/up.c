@@ -211,7 +211,7 @@ static ep_status open_model(up *u, ep_err *err)
     ep_status status =
         kern_select(u->cfg->kernels, err); /* a missing level is refused before any rank starts */
     if (status == EP_OK) status = model_open(&u->m, u->cfg->model, err);
-    if (status == EP_OK) status = model_tokenizer_open(&u->tokenizer, u->m->file, err);
+    if (status == EP_OK) status = model_tokenizer_open(&u->tokenizer, u->m, err);
     for (int i = 0; i < u->cfg->n_shards; i++)
         lists[i] = u->cfg->shards[i].experts;
     if (status == EP_OK)

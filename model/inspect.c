@@ -180,7 +180,7 @@ static ep_status verdict(const char *path, ep_err *why)
     model *m = NULL;
     model_tokenizer *t = NULL;
     ep_status status = model_open(&m, path, why);
-    if (status == EP_OK) status = model_tokenizer_open(&t, m->file, why);
+    if (status == EP_OK) status = model_tokenizer_open(&t, m, why);
     if (status == EP_OK) why->text[0] = '\0';
     model_tokenizer_close(t);
     model_close(m);

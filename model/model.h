@@ -108,7 +108,9 @@ typedef struct model_tokenizer model_tokenizer;
 
 /* From the GGUF's tokenizer.* keys: model `gpt2` (byte-level BPE) with a known pre-tokenizer,
  * others are refused by name. Thread safe after open (encode allocates; it locks nothing). */
-ep_status model_tokenizer_open(model_tokenizer **out, const model_file *f, ep_err *err);
+ep_status model_tokenizer_open(model_tokenizer **out, const model *m, ep_err *err);
+/* The same of a GGUF file alone. */
+ep_status model_tokenizer_open_file(model_tokenizer **out, const model_file *f, ep_err *err);
 void model_tokenizer_close(model_tokenizer *t);
 /* Appends ids to *ids (ep_alloc'ed array of *n, grown; free with ep_free). Special tokens written
  * in the text are recognised if parse_special. Any bytes are accepted and round-trip. add_bos is

@@ -1,7 +1,7 @@
 /*
- * The tokenizer of a GGUF file whose model is `gpt2`: byte-level BPE. Bytes become ids in three
- * stages: special tokens are found in the raw bytes (a trie, leftmost and of these the longest),
- * the text between them is cut into words (pretokenize.c), the bytes of a word are merged (bpe.c).
+ * Byte-level BPE, made from a vocabulary (vocab.h). Bytes become ids in three stages: special
+ * tokens are found in the raw bytes (a trie, leftmost and of these the longest), the text between
+ * them is cut into words (pretokenize.c), the bytes of a word are merged (bpe.c).
  *
  * Rules
  *  1. Vocabulary texts are written in an alphabet of 256 printable characters, one per byte.
@@ -13,22 +13,18 @@
  * User-defined tokens are plain text when decoded, and found as a whole by parse_special.
  *  4. Invariant: all 256 bytes have a token, so every input has an encoding, and decoding it
  * (special tokens included) gives exactly the input. No normalisation: what came in comes out.
- *  5. A generation ends with eos, eot or eom of the file, or with a control token whose text is one
- * of end_names: files often name only one of several that their model was trained to stop with.
+ *  5. A generation ends with an end token of the checkpoint, or with a control token whose text is
+ * one of end_names: files often name only one of several that their model was trained to stop with.
  *
- * Nothing points into the file after open. What it does not do: add BOS, chat templates, other
- * models.
+ * Nothing points into the vocabulary after open. What it does not do: add BOS, chat templates,
+ * other models.
  */
 #include "model/bpe.h"
-#include "model/model.h"
-#include "model/pretokenize.h"
+#include "model/vocab.h"
 
 #include <string.h>
 
-enum { TYPE_NORMAL = 1, TYPE_UNKNOWN = 2, TYPE_CONTROL = 3, TYPE_USER = 4, TYPE_LAST = 6 };
 enum { MAX_SPECIAL = 1024 }; /* bounds the work per byte of text that looks like a special token */
-
-#define KEY "tokenizer.ggml."
 
 static const char *const end_names[] = {
     "<|endoftext|>",
@@ -175,10 +171,10 @@ static int32_t trie_match(const model_tokenizer *t, const uint8_t *s, size_t n, 
 
 static bool is_special(uint8_t type)
 {
-    return type == TYPE_UNKNOWN || type == TYPE_CONTROL || type == TYPE_USER;
+    return type == VOCAB_UNKNOWN || type == VOCAB_CONTROL || type == VOCAB_USER;
 }
 
-static ep_status build_trie(model_tokenizer *t, ep_err *err)
+static ep_status build_trie(model_tokenizer *t, const model_vocab *v, ep_err *err)
 {
     memset(t->root, 0xFF, sizeof(t->root));
     size_t bytes = 0;
@@ -186,12 +182,13 @@ static ep_status build_trie(model_tokenizer *t, ep_err *err)
         size_t n = is_special(t->type[i]) ? t->start[i + 1] - t->start[i] : 0;
         if (n > MAX_SPECIAL) {
             return ep_fail(err, EP_ERR_UNSUPPORTED,
-                           KEY "tokens: special token %d is %zu bytes long, at most %d", i, n,
-                           (int)MAX_SPECIAL);
+                           "%s: special token %d is %zu bytes long, at most %d", v->tokens_name, i,
+                           n, (int)MAX_SPECIAL);
         }
         bytes += n;
     }
-    if (bytes > INT32_MAX) return ep_fail(err, EP_ERR_TOO_LARGE, KEY "tokens: too many specials");
+    if (bytes > INT32_MAX)
+        return ep_fail(err, EP_ERR_TOO_LARGE, "%s: too many specials", v->tokens_name);
     t->nodes = ep_alloc(bytes * sizeof(*t->nodes));
     if (t->nodes == NULL) return EP_ERR_NOMEM;
     for (int i = 0; i < t->n; i++) {
@@ -201,44 +198,15 @@ static ep_status build_trie(model_tokenizer *t, ep_err *err)
     return EP_OK;
 }
 
-/* ---- reading the file ---- */
-
-static ep_status read_types(model_tokenizer *t, const model_file *f, ep_err *err)
-{
-    memset(t->type, TYPE_NORMAL, (size_t)t->n);
-    size_t n = model_file_arr_len(f, KEY "token_type");
-    if (n == 0) return EP_OK;
-    if (n != (size_t)t->n) {
-        return ep_fail(err, EP_ERR_INVALID, KEY "token_type has %zu entries, " KEY "tokens %d", n,
-                       t->n);
-    }
-    for (int i = 0; i < t->n; i++) {
-        int64_t type;
-        if (model_file_arr_i64(f, KEY "token_type", (size_t)i, &type) != EP_OK) {
-            return ep_fail(err, EP_ERR_INVALID, KEY "token_type is not an array of integers");
-        }
-        if (type < 0 || type > TYPE_LAST) {
-            return ep_fail(err, EP_ERR_INVALID,
-                           KEY "token_type: token %d has type %lld, not 0 to %d", i,
-                           (long long)type, (int)TYPE_LAST);
-        }
-        t->type[i] = (uint8_t)type;
-    }
-    return EP_OK;
-}
+/* ---- from a vocabulary ---- */
 
 /* Token texts as bytes, and the table of those that plain text can become. */
-static ep_status read_tokens(model_tokenizer *t, const model_file *f, const int16_t *byte_of,
+static ep_status take_tokens(model_tokenizer *t, const model_vocab *v, const int16_t *byte_of,
                              ep_err *err)
 {
-    size_t bytes = 0, slots = 16, len;
-    const char *s;
-    for (int i = 0; i < t->n; i++) {
-        if (model_file_arr_str(f, KEY "tokens", (size_t)i, &s, &len) != EP_OK) {
-            return ep_fail(err, EP_ERR_INVALID, KEY "tokens is not an array of strings");
-        }
-        bytes += len;
-    }
+    size_t bytes = 0, slots = 16;
+    for (int i = 0; i < t->n; i++)
+        bytes += v->tokens[i].n;
     while (slots < (size_t)t->n * 2)
         slots *= 2;
     t->text = ep_alloc(bytes);
@@ -249,14 +217,14 @@ static ep_status read_tokens(model_tokenizer *t, const model_file *f, const int1
 
     size_t at = 0;
     for (int i = 0; i < t->n; i++) {
-        if (model_file_arr_str(f, KEY "tokens", (size_t)i, &s, &len) != EP_OK) return EP_ERR_BUG;
-        size_t n = len;
+        const char *s = v->tokens[i].s;
+        size_t len = v->tokens[i].n, n = len;
         bool encoded = to_bytes(byte_of, s, len, t->text + at, &n);
         bool literal = !encoded || is_special(t->type[i]);
         /* A user-defined text of printable ASCII reads the same both ways: it may be a merge too.
          */
         bool word = encoded && (!literal || (n == len && memcmp(t->text + at, s, len) == 0)) &&
-                    t->type[i] != TYPE_CONTROL && t->type[i] != TYPE_UNKNOWN;
+                    t->type[i] != VOCAB_CONTROL && t->type[i] != VOCAB_UNKNOWN;
         if (literal) {
             n = len;
             if (len > 0) memcpy(t->text + at, s, len);
@@ -272,29 +240,27 @@ static ep_status read_tokens(model_tokenizer *t, const model_file *f, const int1
         uint8_t byte = (uint8_t)b;
         t->byte_ids[b] = word_find(t, &byte, 1);
         if (t->byte_ids[b] < 0) {
-            return ep_fail(err, EP_ERR_INVALID, KEY "tokens: no token for byte 0x%02x",
+            return ep_fail(err, EP_ERR_INVALID, "%s: no token for byte 0x%02x", v->tokens_name,
                            (unsigned)b);
         }
     }
     return EP_OK;
 }
 
-/* One merge "left right": ids of both and of the two together, refused by the part that is missing.
- */
-static ep_status read_merge(const model_tokenizer *t, const int16_t *byte_of, size_t i,
-                            const char *s, size_t len, ep_buf *tmp, int32_t ids[3], ep_err *err)
+/* One merge: ids of both and of the two together, refused by the part that is missing. */
+static ep_status take_merge(const model_tokenizer *t, const model_vocab *v, const int16_t *byte_of,
+                            size_t i, ep_buf *tmp, int32_t ids[3], ep_err *err)
 {
-    const char *space = len > 0 ? memchr(s, ' ', len) : NULL;
-    size_t n_left = space != NULL ? (size_t)(space - s) : 0, left = 0, right = 0;
-    size_t n_right = space != NULL ? len - n_left - 1 : 0;
+    const model_text a = v->merges[i][0], b = v->merges[i][1];
+    size_t left = 0, right = 0;
     tmp->len = 0;
-    ep_status status = ep_buf_reserve(tmp, len + 1);
+    ep_status status = ep_buf_reserve(tmp, a.n + b.n + 1);
     if (status != EP_OK) return status;
-    if (n_left == 0 || n_right == 0 || !to_bytes(byte_of, s, n_left, tmp->data, &left) ||
-        !to_bytes(byte_of, space + 1, n_right, tmp->data + left, &right)) {
+    if (a.n == 0 || b.n == 0 || !to_bytes(byte_of, a.s, a.n, tmp->data, &left) ||
+        !to_bytes(byte_of, b.s, b.n, tmp->data + left, &right)) {
         return ep_fail(err, EP_ERR_INVALID,
-                       KEY "merges: entry %zu is not two texts of the byte alphabet with one space",
-                       i);
+                       "%s: entry %zu is not two texts of the byte alphabet with one space",
+                       v->merges_name, i);
     }
     ids[0] = word_find(t, tmp->data, left);
     ids[1] = word_find(t, tmp->data + left, right);
@@ -302,135 +268,82 @@ static ep_status read_merge(const model_tokenizer *t, const int16_t *byte_of, si
     static const char *const part[3] = {"its left text", "its right text", "what it makes"};
     for (int k = 0; k < 3; k++) {
         if (ids[k] < 0) {
-            return ep_fail(err, EP_ERR_INVALID,
-                           KEY "merges: entry %zu \"%.*s\": %s is no plain token", i,
-                           len < 128 ? (int)len : 128, s, part[k]);
+            return ep_fail(err, EP_ERR_INVALID, "%s: entry %zu \"%.*s %.*s\": %s is no plain token",
+                           v->merges_name, i, a.n < 64 ? (int)a.n : 64, a.s,
+                           b.n < 64 ? (int)b.n : 64, b.s, part[k]);
         }
     }
     return EP_OK;
 }
 
-static ep_status read_merges(model_tokenizer *t, const model_file *f, const int16_t *byte_of,
+static ep_status take_merges(model_tokenizer *t, const model_vocab *v, const int16_t *byte_of,
                              ep_err *err)
 {
-    size_t n = model_file_arr_len(f, KEY "merges");
-    if (n == 0) return ep_fail(err, EP_ERR_INVALID, KEY "merges is missing or empty");
-    if (n > INT32_MAX) return ep_fail(err, EP_ERR_TOO_LARGE, KEY "merges has %zu entries", n);
-    ep_status status = model_merges_init(&t->merges, n);
+    if (v->n_merges == 0)
+        return ep_fail(err, EP_ERR_INVALID, "%s is missing or empty", v->merges_name);
+    ep_status status = model_merges_init(&t->merges, v->n_merges);
     ep_buf tmp = {0};
-    for (size_t i = 0; i < n && status == EP_OK; i++) {
-        const char *s;
-        size_t len;
+    for (size_t i = 0; i < v->n_merges && status == EP_OK; i++) {
         int32_t ids[3] = {-1, -1, -1};
-        if (model_file_arr_str(f, KEY "merges", i, &s, &len) != EP_OK) {
-            status = ep_fail(err, EP_ERR_INVALID, KEY "merges is not an array of strings");
-        } else {
-            status = read_merge(t, byte_of, i, s, len, &tmp, ids, err);
-        }
+        status = take_merge(t, v, byte_of, i, &tmp, ids, err);
         if (status == EP_OK) model_merges_put(&t->merges, ids[0], ids[1], (int32_t)i, ids[2]);
     }
     ep_buf_fini(&tmp);
     return status;
 }
 
-/* *id stays what it was when the key is absent. */
-static ep_status read_id(const model_tokenizer *t, const model_file *f, const char *key,
-                         int32_t *id, ep_err *err)
+static void take_roles(model_tokenizer *t, const model_vocab *v)
 {
-    uint64_t v;
-    ep_status status = model_file_u64(f, key, &v, err);
-    if (status == EP_AGAIN) return EP_OK;
-    if (status != EP_OK) return status;
-    if (v >= (uint64_t)t->n) {
-        return ep_fail(err, EP_ERR_INVALID, "%s is %llu, there are %d tokens", key,
-                       (unsigned long long)v, t->n);
-    }
-    *id = (int32_t)v;
-    return EP_OK;
-}
-
-static ep_status read_roles(model_tokenizer *t, const model_file *f, ep_err *err)
-{
-    static const char *const keys[] = {KEY "eos_token_id", KEY "eot_token_id", KEY "eom_token_id"};
-    for (size_t k = 0; k < sizeof(keys) / sizeof(keys[0]); k++) {
-        int32_t id = -1;
-        ep_status status = read_id(t, f, keys[k], &id, err);
-        if (status != EP_OK) return status;
-        if (id >= 0) t->is_end[id] = true;
-    }
+    memcpy(t->is_end, v->is_end, (size_t)t->n * sizeof(*t->is_end));
     for (size_t k = 0; k < sizeof(end_names) / sizeof(end_names[0]); k++) {
         size_t n = strlen(end_names[k]), len = 0;
         int32_t id = trie_match(t, (const uint8_t *)end_names[k], n, &len);
-        if (id >= 0 && len == n && t->type[id] == TYPE_CONTROL) t->is_end[id] = true;
+        if (id >= 0 && len == n && t->type[id] == VOCAB_CONTROL) t->is_end[id] = true;
     }
-    t->bos = -1;
-    ep_status status = read_id(t, f, KEY "bos_token_id", &t->bos, err);
-    if (status != EP_OK) return status;
-    t->adds_bos = t->bos >= 0 && model_pretokenizer_adds_bos(t->cutter);
-    status = model_file_bool(f, KEY "add_bos_token", &t->adds_bos, err);
-    if (status == EP_OK && t->adds_bos && t->bos < 0) {
-        return ep_fail(err, EP_ERR_INVALID, KEY "add_bos_token without " KEY "bos_token_id");
-    }
-    return status == EP_AGAIN ? EP_OK : status;
+    t->bos = v->bos;
+    t->adds_bos = v->adds_bos;
 }
 
-/* Which tokenizer it is and how many tokens it has; opens the pre-tokenizer. */
-static ep_status read_kind(model_tokenizer *t, const model_file *f, ep_err *err)
-{
-    const char *s;
-    size_t len;
-    ep_status status = model_file_str(f, KEY "model", &s, &len, err);
-    if (status == EP_AGAIN) return ep_fail(err, EP_ERR_INVALID, KEY "model is missing");
-    if (status != EP_OK) return status;
-    if (len != 4 || memcmp(s, "gpt2", 4) != 0) {
-        return ep_fail(err, EP_ERR_UNSUPPORTED, KEY "model is \"%.*s\", known: gpt2",
-                       len < 64 ? (int)len : 64, s);
-    }
-    status = model_file_str(f, KEY "pre", &s, &len, err);
-    if (status == EP_AGAIN) return ep_fail(err, EP_ERR_UNSUPPORTED, KEY "pre is missing");
-    if (status == EP_OK) status = model_pretokenizer_open(&t->cutter, s, len, err);
-    if (status != EP_OK) return status;
-
-    size_t n = model_file_arr_len(f, KEY "tokens");
-    if (n == 0) return ep_fail(err, EP_ERR_INVALID, KEY "tokens is missing or empty");
-    if (n > INT32_MAX / 4) return ep_fail(err, EP_ERR_TOO_LARGE, KEY "tokens has %zu entries", n);
-    const model_tensor *embd = model_file_find(f, "token_embd.weight");
-    if (embd != NULL && embd->ne[1] != n) {
-        return ep_fail(err, EP_ERR_INVALID,
-                       KEY "tokens has %zu entries, token_embd.weight %llu rows", n,
-                       (unsigned long long)embd->ne[1]);
-    }
-    t->n = (int)n;
-    return EP_OK;
-}
-
-ep_status model_tokenizer_open(model_tokenizer **out, const model_file *f, ep_err *err)
+ep_status model_tokenizer_build(model_tokenizer **out, model_vocab *v, ep_err *err)
 {
     int16_t byte_of[ALPHABET];
     make_alphabet(byte_of);
     model_tokenizer *t = ep_calloc(1, sizeof(*t));
-    if (t == NULL) return ep_fail(err, EP_ERR_NOMEM, "tokenizer: out of memory");
-    if (err != NULL) err->text[0] = '\0';
-
-    ep_status status = read_kind(t, f, err);
-    if (status != EP_OK) goto fail;
+    if (t == NULL) return EP_ERR_NOMEM;
+    t->cutter = v->cutter;
+    v->cutter = NULL;
+    t->n = v->n;
     t->start = ep_calloc((size_t)t->n + 1, sizeof(*t->start));
-    t->type = ep_calloc((size_t)t->n, sizeof(*t->type));
+    t->type = ep_alloc((size_t)t->n);
     t->is_end = ep_calloc((size_t)t->n, sizeof(*t->is_end));
-    status = EP_ERR_NOMEM;
+    ep_status status = EP_ERR_NOMEM;
     if (t->start == NULL || t->type == NULL || t->is_end == NULL) goto fail;
-    status = read_types(t, f, err);
-    if (status == EP_OK) status = read_tokens(t, f, byte_of, err);
-    if (status == EP_OK) status = build_trie(t, err);
-    if (status == EP_OK) status = read_merges(t, f, byte_of, err);
-    if (status == EP_OK) status = read_roles(t, f, err);
+    memcpy(t->type, v->types, (size_t)t->n);
+    status = take_tokens(t, v, byte_of, err);
+    if (status == EP_OK) status = build_trie(t, v, err);
+    if (status == EP_OK) status = take_merges(t, v, byte_of, err);
     if (status != EP_OK) goto fail;
+    take_roles(t, v);
     *out = t;
     return EP_OK;
 fail:
-    if (status == EP_ERR_NOMEM) ep_fail(err, status, "tokenizer: out of memory");
     model_tokenizer_close(t);
     return status;
+}
+
+ep_status model_tokenizer_open_file(model_tokenizer **out, const model_file *f, ep_err *err)
+{
+    model_vocab v = {0};
+    ep_status status = model_vocab_from_file(&v, f, err);
+    if (status == EP_OK) status = model_tokenizer_build(out, &v, err);
+    if (status == EP_ERR_NOMEM) ep_fail(err, status, "tokenizer: out of memory");
+    model_vocab_fini(&v);
+    return status;
+}
+
+ep_status model_tokenizer_open(model_tokenizer **out, const model *m, ep_err *err)
+{
+    return model_tokenizer_open_file(out, m->file, err);
 }
 
 void model_tokenizer_close(model_tokenizer *t)
@@ -518,7 +431,7 @@ ep_status model_encode(const model_tokenizer *t, const char *text, size_t len, b
 ep_status model_decode(const model_tokenizer *t, int32_t id, bool special, ep_buf *out)
 {
     if (id < 0 || id >= t->n) return EP_ERR_INVALID;
-    bool hidden = t->type[id] == TYPE_CONTROL || t->type[id] == TYPE_UNKNOWN;
+    bool hidden = t->type[id] == VOCAB_CONTROL || t->type[id] == VOCAB_UNKNOWN;
     if (hidden && !special) return EP_OK;
     return ep_buf_add(out, t->text + t->start[id], t->start[id + 1] - t->start[id]);
 }

@@ -77,7 +77,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     walk_model(m);
     err.text[0] = '\0';
-    if (model_tokenizer_open(&t, m->file, &err) != EP_OK && err.text[0] == '\0') abort();
+    if (model_tokenizer_open(&t, m, &err) != EP_OK && err.text[0] == '\0') abort();
     model_tokenizer_close(t);
     model_close(m);
     free(copy);

@@ -20,7 +20,7 @@ static model_tokenizer *open_vocab(const fx_vocab *v)
     model_tokenizer *t = NULL;
     ep_err err;
     if (model_file_open_bytes(&f, bytes.data, bytes.len, &err) == EP_OK &&
-        model_tokenizer_open(&t, f, &err) != EP_OK && err.text[0] == '\0') {
+        model_tokenizer_open_file(&t, f, &err) != EP_OK && err.text[0] == '\0') {
         abort(); /* refused without a reason */
     }
     model_file_close(f);

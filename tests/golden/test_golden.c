@@ -251,7 +251,7 @@ static double perplexity(model *m, const char *text_path, int context, int *n_sc
     cluster *c = NULL;
     double nll = 0;
     *n_scored = 0;
-    if (text == NULL || model_tokenizer_open(&tok, m->file, &err) != EP_OK ||
+    if (text == NULL || model_tokenizer_open(&tok, m, &err) != EP_OK ||
         model_encode(tok, text, n_text, false, &ids, &n_ids) != EP_OK)
         goto done;
     cluster_options o = cluster_options_default(m);

@@ -33,7 +33,7 @@ static void test_real_files(void)
         CHECK_INT(model_open(&m, path, &err), EP_OK);
         if (m == NULL) printf("    %s\n", err.text);
         if (m != NULL) {
-            CHECK_INT(model_tokenizer_open(&t, m->file, &err), EP_OK);
+            CHECK_INT(model_tokenizer_open(&t, m, &err), EP_OK);
             if (t != NULL) CHECK_INT(model_n_tokens(t), m->shape.vocab);
             const model_tensor *q = m->layers[0].q;
             CHECK_INT(q->ne[0], m->shape.hidden);

@@ -44,7 +44,7 @@ static model_tokenizer *open_shipped(const char *name)
     model_file *f = NULL;
     model_tokenizer *t = NULL;
     ep_status status = model_file_open(&f, source_path(path, sizeof(path), name), &err);
-    if (status == EP_OK) status = model_tokenizer_open(&t, f, &err);
+    if (status == EP_OK) status = model_tokenizer_open_file(&t, f, &err);
     if (status != EP_OK) printf("    %s: %s\n", name, err.text);
     CHECK(status == EP_OK);
     model_file_close(f); /* the tokenizer keeps nothing of it */
@@ -56,7 +56,7 @@ static ep_status open_vocab(model_tokenizer **t, const fx_vocab *v, ep_err *err)
     ep_buf bytes = fx_vocab_file(v);
     model_file *f = NULL;
     ep_status status = model_file_open_bytes(&f, bytes.data, bytes.len, err);
-    if (status == EP_OK) status = model_tokenizer_open(t, f, err);
+    if (status == EP_OK) status = model_tokenizer_open_file(t, f, err);
     model_file_close(f);
     ep_buf_fini(&bytes);
     return status;
@@ -632,7 +632,7 @@ static void test_wrong_kinds(void)
         model_tokenizer *t = NULL;
         ep_err err = {""};
         CHECK_INT(model_file_open_bytes(&file, f.bytes.data, f.bytes.len, &err), EP_OK);
-        if (file != NULL) CHECK_INT(model_tokenizer_open(&t, file, &err), EP_ERR_INVALID);
+        if (file != NULL) CHECK_INT(model_tokenizer_open_file(&t, file, &err), EP_ERR_INVALID);
         CHECK(strstr(err.text, keys[k]) != NULL && strstr(err.text, "is not an array of") != NULL);
         model_tokenizer_close(t);
         model_file_close(file);
@@ -659,7 +659,7 @@ static void test_no_memory(void)
         model_tokenizer_close(t);
         t = NULL;
         ep_alloc_fail_at(i);
-        ep_status status = model_tokenizer_open(&t, f, NULL);
+        ep_status status = model_tokenizer_open_file(&t, f, NULL);
         ep_alloc_fail_at(0);
         if (i == 0) n_allocs = (int)(ep_alloc_count() - before);
         CHECK(status == EP_OK ? t != NULL : status == EP_ERR_NOMEM && t == NULL);
@@ -667,7 +667,7 @@ static void test_no_memory(void)
     }
     CHECK(n_allocs > 10 && n_fail > 10);
     printf("    open: %d of %d failed allocations refused\n", n_fail, n_allocs);
-    if (t == NULL) CHECK_INT(model_tokenizer_open(&t, f, NULL), EP_OK);
+    if (t == NULL) CHECK_INT(model_tokenizer_open_file(&t, f, NULL), EP_OK);
     const char text[] = "th th<|x|>\xFF 123";
     n_fail = 0, n_allocs = 1;
     for (int i = 0; t != NULL && i <= n_allocs; i++) {
