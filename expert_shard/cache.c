@@ -103,8 +103,12 @@ typedef struct write_job {
     const layer_place *layers;
     uint64_t *checksums;
     int fd;
+    const char *path;
     atomic_int next, done;
-    atomic_int error; /* errno of the first failure, or -1 for memory */
+    atomic_bool failed;
+    pthread_mutex_t lock; /* guards what follows: the first failure */
+    ep_status status;
+    ep_err err;
 } write_job;
 
 static bool write_at(int fd, const uint8_t *p, size_t n, uint64_t at)
@@ -120,45 +124,69 @@ static bool write_at(int fd, const uint8_t *p, size_t n, uint64_t at)
     return true;
 }
 
-static bool write_expert(write_job *job, int layer, int expert, uint8_t *buffer)
+/* buffer: one packed expert; made: its rows where they are made, by role. */
+static ep_status write_expert(write_job *job, int layer, int expert, uint8_t *buffer,
+                              ep_buf made[3], ep_err *err)
 {
     const model *m = job->m;
     const layer_place *p = &job->layers[layer];
+    const uint8_t *rows[3];
     kern_stack s;
-    size_t bytes;
     kern_stack_shape(&s, (int)p->types[0], (int)p->types[1], (int)p->types[2], m->shape.hidden,
                      m->shape.inter, 1);
     s.gate_up = buffer;
     s.down = buffer + p->gate_up_stride;
     memset(buffer, 0, p->gate_up_stride + p->down_stride); /* padding is part of the file */
-    kern_stack_put(&s, 0, model_expert(m, layer, 0, expert, &bytes),
-                   model_expert(m, layer, 1, expert, &bytes),
-                   model_expert(m, layer, 2, expert, &bytes));
+    for (int role = 0; role < 3; role++) {
+        ep_status status =
+            model_rows(m, model_experts(m, layer, role), expert, &made[role], &rows[role], err);
+        if (status != EP_OK) return status;
+    }
+    kern_stack_put(&s, 0, rows[0], rows[1], rows[2]);
     job->checksums[layer * m->shape.n_experts + expert] = kern_stack_checksum(&s, 0);
     uint64_t e = (uint64_t)expert;
-    return write_at(job->fd, s.gate_up, p->gate_up_stride, p->gate_up_at + e * p->gate_up_stride) &&
-           write_at(job->fd, s.down, p->down_stride, p->down_at + e * p->down_stride);
+    if (write_at(job->fd, s.gate_up, p->gate_up_stride, p->gate_up_at + e * p->gate_up_stride) &&
+        write_at(job->fd, s.down, p->down_stride, p->down_at + e * p->down_stride))
+        return EP_OK;
+    return ep_fail(err, EP_ERR_IO, "%s: %s", job->path, strerror(errno != 0 ? errno : EIO));
+}
+
+static void write_failed(write_job *job, ep_status status, const ep_err *err)
+{
+    pthread_mutex_lock(&job->lock);
+    if (job->status == EP_OK) {
+        job->status = status;
+        job->err = *err;
+    }
+    pthread_mutex_unlock(&job->lock);
+    atomic_store(&job->failed, true);
 }
 
 static void *write_main(void *arg)
 {
     write_job *job = arg;
     const model_shape *s = &job->m->shape;
+    ep_buf made[3] = {{0}};
+    ep_err err = {{0}};
     size_t most = 0;
     for (int l = 0; l < s->n_layers; l++) {
         size_t n = job->layers[l].gate_up_stride + job->layers[l].down_stride;
         if (n > most) most = n;
     }
     uint8_t *buffer = ep_alloc(most);
-    if (buffer == NULL) atomic_store(&job->error, -1);
-    while (atomic_load(&job->error) == 0) {
+    if (buffer == NULL)
+        write_failed(job, ep_fail(&err, EP_ERR_NOMEM, "%s: no memory", job->path), &err);
+    while (!atomic_load(&job->failed)) {
         int i = atomic_fetch_add(&job->next, 1);
         if (i >= s->n_layers * s->n_experts) break;
-        if (!write_expert(job, i / s->n_experts, i % s->n_experts, buffer))
-            atomic_store(&job->error, errno != 0 ? errno : EIO);
+        ep_status status =
+            write_expert(job, i / s->n_experts, i % s->n_experts, buffer, made, &err);
+        if (status != EP_OK) write_failed(job, status, &err);
         atomic_fetch_add(&job->done, 1);
     }
     ep_free(buffer);
+    for (int role = 0; role < 3; role++)
+        ep_buf_fini(&made[role]);
     return NULL;
 }
 
@@ -172,13 +200,13 @@ static void run_threads(write_job *job, int n_threads, void (*progress)(void *, 
            pthread_create(&threads[n], NULL, write_main, job) == 0)
         n++;
     if (n == 0) write_main(job);
-    while (progress != NULL && atomic_load(&job->done) < items && atomic_load(&job->error) == 0) {
+    while (progress != NULL && atomic_load(&job->done) < items && !atomic_load(&job->failed)) {
         progress(arg, all_bytes / (uint64_t)items * (uint64_t)atomic_load(&job->done), all_bytes);
         usleep(50000);
     }
     for (int i = 0; i < n; i++)
         pthread_join(threads[i], NULL);
-    if (progress != NULL && atomic_load(&job->error) == 0) progress(arg, all_bytes, all_bytes);
+    if (progress != NULL && !atomic_load(&job->failed)) progress(arg, all_bytes, all_bytes);
 }
 
 ep_status shard_cache_write(const model *m, const char *path, int n_threads,
@@ -203,20 +231,23 @@ ep_status shard_cache_write(const model *m, const char *path, int n_threads,
         goto done;
     }
     uint64_t size = place_all(m, layers);
-    write_job job = {.m = m, .layers = layers, .checksums = checksums, .fd = fd};
+    write_job job = {.m = m,
+                     .layers = layers,
+                     .checksums = checksums,
+                     .fd = fd,
+                     .path = path,
+                     .lock = PTHREAD_MUTEX_INITIALIZER};
     run_threads(&job, n_threads, progress, arg, size);
-    int error = atomic_load(&job.error);
-    if (error == 0) {
+    status = job.status;
+    if (status == EP_OK) {
         encode_head(m, layers, checksums, head);
         if (!write_at(fd, head, head_bytes(m), 0) || ftruncate(fd, (off_t)size) != 0 ||
             fsync(fd) != 0 || rename(temporary, path) != 0)
-            error = errno != 0 ? errno : EIO;
+            status = ep_fail(err, EP_ERR_IO, "%s: %s", path, strerror(errno != 0 ? errno : EIO));
+    } else {
+        ep_fail(err, status, "%s", job.err.text);
     }
-    status = error == 0 ? EP_OK : error < 0 ? EP_ERR_NOMEM : EP_ERR_IO;
-    if (error != 0) {
-        ep_fail(err, status, "%s: %s", path, error < 0 ? "no memory" : strerror(error));
-        unlink(temporary);
-    }
+    if (status != EP_OK) unlink(temporary);
 done:
     if (fd >= 0) close(fd);
     ep_free(layers);

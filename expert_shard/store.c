@@ -28,48 +28,45 @@ typedef struct load_job {
     void *progress_arg;
 } load_job;
 
-/* Matrices of one layer in role order, with the shape of one expert. */
-static const model_tensor *role_tensor(const model *m, int layer, int role, int *n, int *k)
+/* Of one expert, by its shape. */
+static size_t rows_bytes(const model_tensor *t)
 {
-    const model_layer *l = &m->layers[layer];
-    bool down = role == 2;
-    *n = down ? m->shape.hidden : m->shape.inter;
-    *k = down ? m->shape.inter : m->shape.hidden;
-    return down ? l->down_exps : role == 1 ? l->up_exps : l->gate_exps;
+    return kern_type_row_bytes(t->type, (int)t->ne[0]) * (size_t)t->ne[1];
 }
 
-static ep_status load_expert(load_job *job, int layer, int local, uint64_t *bytes_read, ep_err *err)
+/* made: for rows that are not in the file as they are needed, by role; kept from call to call. */
+static ep_status load_expert(load_job *job, int layer, int local, ep_buf made[3],
+                             uint64_t *bytes_read, ep_err *err)
 {
     shard_store *s = job->store;
     int expert = s->experts[local];
-    const uint8_t *data[3];
-    size_t sizes[3];
-    const char *name = "";
+    const model_tensor *t[3];
+    const uint8_t *rows[3];
     uint64_t *checksum = &s->checksums[(size_t)layer * (size_t)s->n_owned + (size_t)local];
     *bytes_read = 0;
     for (int role = 0; role < 3; role++) {
-        int n, k;
-        const model_tensor *t = role_tensor(job->m, layer, role, &n, &k);
-        size_t want = kern_type_row_bytes(t->type, k) * (size_t)n;
-        data[role] = model_expert(job->m, layer, role, expert, &sizes[role]);
-        if (data[role] == NULL || sizes[role] != want || want == 0)
+        t[role] = model_experts(job->m, layer, role);
+        size_t have = model_rows_bytes(t[role]), want = rows_bytes(t[role]);
+        if (have != want || want == 0)
             return ep_fail(err, EP_ERR_INVALID,
                            "layer %d, tensor %s, expert %d: %zu bytes in the file, expected %zu",
-                           layer, t->name, expert, data[role] != NULL ? sizes[role] : (size_t)0,
-                           want);
-        if (role == 0) name = t->name;
-        *bytes_read += sizes[role];
+                           layer, t[role]->name, expert, have, want);
+        *bytes_read += want;
     }
     if (s->cache != NULL)
         return shard_cache_map(s->cache, s->ops, s->stacks[layer], layer, expert, local, checksum,
                                err);
+    for (int role = 0; role < 3; role++) {
+        ep_status status = model_rows(job->m, t[role], expert, &made[role], &rows[role], err);
+        if (status != EP_OK) return status;
+    }
     ep_status status =
-        s->ops->stack_load(s->stacks[layer], local, data[0], data[1], data[2], checksum);
+        s->ops->stack_load(s->stacks[layer], local, rows[0], rows[1], rows[2], checksum);
     for (int role = 0; role < 3; role++)
-        model_file_forget(job->m->file, data[role], sizes[role]);
+        model_forget(job->m, t[role], expert);
     if (status != EP_OK)
         return ep_fail(err, status, "layer %d, tensor %s (and up, down), expert %d: packing: %s",
-                       layer, name, expert, ep_status_name(status));
+                       layer, t[0]->name, expert, ep_status_name(status));
     return EP_OK;
 }
 
@@ -78,12 +75,14 @@ static void work(load_job *job, bool is_caller)
 {
     shard_store *s = job->store;
     int n_items = s->n_layers * s->n_owned;
+    ep_buf made[3] = {{0}};
     while (!atomic_load_explicit(&job->failed, memory_order_relaxed)) {
         int item = atomic_fetch_add_explicit(&job->next_item, 1, memory_order_relaxed);
         if (item >= n_items) break;
         ep_err err = {{0}};
         uint64_t bytes;
-        ep_status status = load_expert(job, item / s->n_owned, item % s->n_owned, &bytes, &err);
+        ep_status status =
+            load_expert(job, item / s->n_owned, item % s->n_owned, made, &bytes, &err);
         pthread_mutex_lock(&job->lock);
         if (status == EP_OK) {
             job->n_done++;
@@ -102,6 +101,8 @@ static void work(load_job *job, bool is_caller)
         if (is_caller && status == EP_OK && job->progress != NULL)
             job->progress(job->progress_arg, done, job->all_bytes);
     }
+    for (int role = 0; role < 3; role++)
+        ep_buf_fini(&made[role]);
 }
 
 static void *worker_main(void *arg)
@@ -140,11 +141,8 @@ static uint64_t owned_file_bytes(const shard_store *s, const model *m)
 {
     uint64_t all = 0;
     for (int l = 0; l < s->n_layers; l++)
-        for (int role = 0; role < 3; role++) {
-            int n, k;
-            const model_tensor *t = role_tensor(m, l, role, &n, &k);
-            all += (uint64_t)kern_type_row_bytes(t->type, k) * (uint64_t)n * (uint64_t)s->n_owned;
-        }
+        for (int role = 0; role < 3; role++)
+            all += (uint64_t)rows_bytes(model_experts(m, l, role)) * (uint64_t)s->n_owned;
     return all;
 }
 

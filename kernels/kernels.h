@@ -44,11 +44,11 @@ bool kern_has_level(const char *level);
  * bytes back.
  */
 
-/* src: n rows of kern_type_row_bytes(type, k); dst: kern_packed_bytes(type, n, k), 64-byte aligned.
- */
+/* src: n rows of kern_type_row_bytes(type, k), where floats lie at any address and blocks at an
+ * even one; dst: kern_packed_bytes(type, n, k), 64-byte aligned. */
 void kern_pack(int type, int n, int k, const void *src, void *dst);
 void kern_unpack(int type, int n, int k, const void *packed, void *dst);
-/* Expands file rows to floats (exact products, the reference for tests; embeddings use it too). */
+/* Expands such rows to floats (exact products, the reference for tests; embeddings use it too). */
 void kern_dequant_row(int type, const void *src, float *dst, int k);
 
 /* ---- activations --------------------------------------------------------------------------------

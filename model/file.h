@@ -89,5 +89,9 @@ const char *model_file_path(const model_file *f);
 const gguf_key *model_file_key(const model_file *f, const char *name); /* NULL: absent */
 /* XXH3 over header, metadata and directory of every part and the sizes of the files. */
 uint64_t model_file_digest(const model_file *f);
+/* model_forget of bytes of this file. */
+void model_file_forget(const model_file *f, const void *p, size_t bytes);
+/* Gives back the pages of a map around these bytes if they lie in it; false: they do not. */
+bool model_forget_in(const uint8_t *map, size_t size, const void *p, size_t bytes);
 
 #endif

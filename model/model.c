@@ -558,10 +558,29 @@ void model_close(model *m)
     ep_free(m);
 }
 
-const uint8_t *model_expert(const model *m, int layer, int role, int expert, size_t *bytes)
+const model_tensor *model_experts(const model *m, int layer, int role)
 {
     const model_layer *y = &m->layers[layer];
-    const model_tensor *t = role == 0 ? y->gate_exps : role == 1 ? y->up_exps : y->down_exps;
-    *bytes = t->bytes / (size_t)m->shape.n_experts;
-    return t->data + (size_t)expert * *bytes;
+    return role == 0 ? y->gate_exps : role == 1 ? y->up_exps : y->down_exps;
+}
+
+size_t model_rows_bytes(const model_tensor *t)
+{
+    return t->bytes / (size_t)t->ne[2];
+}
+
+ep_status model_rows(const model *m, const model_tensor *t, int i, ep_buf *made,
+                     const uint8_t **rows, ep_err *err)
+{
+    (void)m;
+    (void)made;
+    (void)err;
+    *rows = t->data + (size_t)i * model_rows_bytes(t);
+    return EP_OK;
+}
+
+void model_forget(const model *m, const model_tensor *t, int i)
+{
+    size_t n = model_rows_bytes(t);
+    model_file_forget(m->file, t->data + (size_t)i * n, n);
 }

@@ -33,11 +33,6 @@ ep_status model_file_open(model_file **out, const char *path, ep_err *err);
 ep_status model_file_open_bytes(model_file **out, const void *data, size_t n, ep_err *err);
 void model_file_close(model_file *f);
 
-/* Lets go of the pages of a mapped file around these bytes: they leave this process's memory (not
- * the page cache) and are read again when touched. Nothing happens to a file in memory. Any thread.
- */
-void model_file_forget(const model_file *f, const void *p, size_t bytes);
-
 size_t model_file_n_tensors(const model_file *f);
 const model_tensor *model_file_tensor(const model_file *f, size_t i);
 const model_tensor *model_file_find(const model_file *f, const char *name); /* NULL: absent */
@@ -98,8 +93,18 @@ ep_status model_open(model **out, const char *path, ep_err *err);
 ep_status model_open_file(model **out, model_file *file, ep_err *err);
 void model_close(model *m);
 
-/* File rows of one expert: role 0 gate, 1 up, 2 down. */
-const uint8_t *model_expert(const model *m, int layer, int role, int expert, size_t *bytes);
+/* The experts of a layer: role 0 gate, 1 up, 2 down. */
+const model_tensor *model_experts(const model *m, int layer, int role);
+
+/* Rows of matrix i of a tensor (an expert; 0 where there is one only), model_rows_bytes long, of
+ * any alignment: where they lie in the file, or made in `made`, the caller's, until its next use.
+ * Any thread. */
+ep_status model_rows(const model *m, const model_tensor *t, int i, ep_buf *made,
+                     const uint8_t **rows, ep_err *err);
+size_t model_rows_bytes(const model_tensor *t);
+/* Lets go of the pages that matrix i was read from: they leave this process's memory (not the page
+ * cache) and are read again when touched. Nothing happens to a file in memory. Any thread. */
+void model_forget(const model *m, const model_tensor *t, int i);
 
 /* ---- tokenizer ----------------------------------------------------------------------------------
  */

@@ -14,9 +14,10 @@
 #include "router_node/internal.h"
 
 typedef struct placer {
-    const model_file *file;
+    const model *m;
     uint8_t *base; /* NULL: measuring */
     size_t used;
+    ep_buf made; /* rows that are made, one matrix at a time */
 } placer;
 
 static void *place(placer *p, size_t bytes)
@@ -33,13 +34,16 @@ static ep_status put_matrix(placer *p, kern_matrix *out, const model_tensor *t, 
                        t->type);
     int k = (int)t->ne[0], n = (int)t->ne[1];
     size_t row = kern_type_row_bytes(t->type, k);
-    if (row == 0 || row * (size_t)n > t->bytes)
+    if (row == 0 || row * (size_t)n != t->bytes)
         return ep_fail(err, EP_ERR_INVALID, "%s: rows of %d weights do not fit type %s", t->name, k,
                        kern_type_name(t->type));
     uint8_t *to = place(p, kern_packed_bytes(t->type, n, k));
     if (to != NULL) {
-        kern_pack(t->type, n, k, t->data, to);
-        model_file_forget(p->file, t->data, t->bytes); /* not held twice */
+        const uint8_t *rows;
+        ep_status status = model_rows(p->m, t, 0, &p->made, &rows, err);
+        if (status != EP_OK) return status;
+        kern_pack(t->type, n, k, rows, to);
+        model_forget(p->m, t, 0); /* not held twice */
     }
     *out = (kern_matrix){t->type, n, k, to};
     return EP_OK;
@@ -113,7 +117,7 @@ ep_status router_weights_open(router_weights *w, const model *m, int n_positions
                                           : kern_gate_up_act(m->layers[i].gate_exps->type,
                                                              m->layers[i].up_exps->type);
 
-    placer p = {.file = m->file};
+    placer p = {.m = m};
     ep_status status = put_all(&p, w, m, err);
     if (status != EP_OK) goto fail;
     w->block_bytes = p.used;
@@ -122,8 +126,9 @@ ep_status router_weights_open(router_weights *w, const model *m, int n_positions
         status = ep_fail(err, EP_ERR_NOMEM, "no memory for %zu bytes of router weights", p.used);
         goto fail;
     }
-    p = (placer){m->file, w->block, 0};
+    p = (placer){.m = m, .base = w->block};
     status = put_all(&p, w, m, err);
+    ep_buf_fini(&p.made);
     if (status != EP_OK) goto fail;
     return EP_OK;
 fail:

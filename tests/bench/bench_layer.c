@@ -89,13 +89,18 @@ static ep_status open_direct(bench *b, int n_threads)
     b->scratch = ep_map(b->scratch_bytes);
     if (b->stack.gate_up == NULL || b->stack.down == NULL || b->scratch == NULL)
         return EP_ERR_NOMEM;
-    for (int e = 0; e < n_experts; e++) {
-        size_t bytes;
-        kern_stack_put(&b->stack, e, model_expert(b->m, b->layer, 0, e, &bytes),
-                       model_expert(b->m, b->layer, 1, e, &bytes),
-                       model_expert(b->m, b->layer, 2, e, &bytes));
+    ep_buf made[3] = {{0}};
+    ep_status status = EP_OK;
+    for (int e = 0; e < n_experts && status == EP_OK; e++) {
+        const uint8_t *rows[3];
+        for (int r = 0; r < 3 && status == EP_OK; r++)
+            status =
+                model_rows(b->m, model_experts(b->m, b->layer, r), e, &made[r], &rows[r], NULL);
+        if (status == EP_OK) kern_stack_put(&b->stack, e, rows[0], rows[1], rows[2]);
     }
-    return ep_pool_open(&b->pool, n_threads);
+    for (int r = 0; r < 3; r++)
+        ep_buf_fini(&made[r]);
+    return status == EP_OK ? ep_pool_open(&b->pool, n_threads) : status;
 }
 
 /* Sorts outside of the measured time: a plan belongs to the router in either case. */

@@ -41,12 +41,13 @@ static void walk_array(const model_file *f, const char *key)
 
 static void walk_model(const model *m)
 {
-    size_t bytes;
     for (int l = 0; l < m->shape.n_layers; l++)
         for (int role = 0; role < 3; role++) {
-            const uint8_t *p = model_expert(m, l, role, m->shape.n_experts - 1, &bytes);
+            const model_tensor *t = model_experts(m, l, role);
+            const uint8_t *p = NULL;
+            if (model_rows(m, t, m->shape.n_experts - 1, NULL, &p, NULL) != EP_OK) abort();
             sink += p[0];
-            sink += p[bytes - 1];
+            sink += p[model_rows_bytes(t) - 1];
         }
 }
 

@@ -78,13 +78,16 @@ static void test_resolves(void)
             CHECK_STR(t[i]->name, want);
         }
     }
-    size_t bytes = 0;
     for (int role = 0; role < 3; role++) {
         const model_tensor *t = role == 0   ? m->layers[1].gate_exps
                                 : role == 1 ? m->layers[1].up_exps
                                             : m->layers[1].down_exps;
-        CHECK(model_expert(m, 1, role, 3, &bytes) == t->data + 3 * (size_t)HIDDEN * INTER * 4);
-        CHECK_INT(bytes, HIDDEN * INTER * 4);
+        const uint8_t *rows = NULL;
+        ep_buf made = {0};
+        CHECK(model_experts(m, 1, role) == t);
+        CHECK_INT(model_rows(m, t, 3, &made, &rows, NULL), EP_OK);
+        CHECK(rows == t->data + 3 * (size_t)HIDDEN * INTER * 4 && made.data == NULL);
+        CHECK_INT(model_rows_bytes(t), HIDDEN * INTER * 4);
     }
     model_close(m);
     ep_buf_fini(&b);
@@ -152,12 +155,13 @@ static void test_mixes_types(void)
                     .ne = {HIDDEN, INTER, EXPERTS}};
         model *m = opened(&c, &b);
         if (m == NULL) continue;
-        size_t bytes;
-        CHECK_INT(m->layers[1].up_exps->type, types[i].type);
+        const model_tensor *t = m->layers[1].up_exps;
+        const uint8_t *rows = NULL;
+        CHECK_INT(t->type, types[i].type);
         CHECK_INT(m->layers[0].up_exps->type, KERN_F32);
-        const uint8_t *p = model_expert(m, 1, 1, 2, &bytes);
-        CHECK_INT(bytes, kern_type_row_bytes(types[i].type, HIDDEN) * INTER);
-        CHECK(p == m->layers[1].up_exps->data + 2 * bytes);
+        CHECK_INT(model_rows(m, t, 2, NULL, &rows, NULL), EP_OK);
+        CHECK_INT(model_rows_bytes(t), kern_type_row_bytes(types[i].type, HIDDEN) * INTER);
+        CHECK(rows == t->data + 2 * model_rows_bytes(t));
         model_close(m);
         ep_buf_fini(&b);
     }

@@ -32,17 +32,17 @@ static void plain_expert(const model *m, int layer, int expert, const float *x, 
     double *in = ep_alloc((size_t)hidden * 8), *gate = ep_alloc((size_t)inter * 8);
     double *up = ep_alloc((size_t)inter * 8);
     float *line = ep_alloc((size_t)(hidden > inter ? hidden : inter) * 4);
-    size_t bytes;
+    const uint8_t *rows[3] = {NULL};
+    for (int role = 0; role < 3; role++)
+        CHECK_INT(model_rows(m, model_experts(m, layer, role), expert, NULL, &rows[role], NULL),
+                  EP_OK);
     for (int i = 0; i < hidden; i++)
         in[i] = (double)x[i];
-    plain_product(model_expert(m, layer, 0, expert, &bytes), l->gate_exps->type, inter, hidden, in,
-                  gate, line);
-    plain_product(model_expert(m, layer, 1, expert, &bytes), l->up_exps->type, inter, hidden, in,
-                  up, line);
+    plain_product(rows[0], l->gate_exps->type, inter, hidden, in, gate, line);
+    plain_product(rows[1], l->up_exps->type, inter, hidden, in, up, line);
     for (int i = 0; i < inter; i++)
         gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
-    plain_product(model_expert(m, layer, 2, expert, &bytes), l->down_exps->type, hidden, inter,
-                  gate, out, line);
+    plain_product(rows[2], l->down_exps->type, hidden, inter, gate, out, line);
     ep_free(in);
     ep_free(gate);
     ep_free(up);
@@ -304,11 +304,8 @@ static void checksums_and_progress(void)
     if (world_open(&w, FIXTURE_DEMO, 2, (const char *const[]){"0-3", NULL}, 1)) {
         uint64_t wanted = 0;
         for (int l = 0; l < w.m->shape.n_layers; l++)
-            for (int role = 0; role < 3; role++) {
-                size_t bytes;
-                CHECK(model_expert(w.m, l, role, 4, &bytes) != NULL);
-                wanted += bytes * (uint64_t)w.p.n_owned[1];
-            }
+            for (int role = 0; role < 3; role++)
+                wanted += model_rows_bytes(model_experts(w.m, l, role)) * (uint64_t)w.p.n_owned[1];
         for (int threads = 1; threads <= 3; threads++) {
             seen_progress seen = {0};
             shard_options opt = {.m = w.m,
