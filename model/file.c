@@ -9,7 +9,6 @@
  * want as C strings. A file cut short by someone else while it is mapped is not survived (SIGBUS).
  */
 #include "model/file.h"
-#include "model/safetensors.h"
 
 #include <xxhash.h>
 
@@ -269,8 +268,6 @@ fail:
 
 ep_status model_file_open(model_file **out, const char *path, ep_err *err)
 {
-    if (model_safetensors_is(path))
-        return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: %s", path, MODEL_NO_SAFETENSORS);
     return file_open(out, path, NULL, 0, err);
 }
 

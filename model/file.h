@@ -1,8 +1,9 @@
 #ifndef EP_MODEL_FILE_H
 #define EP_MODEL_FILE_H
 /*
- * file: what the sources of model/ share about GGUF files and nobody else sees. gguf.c turns the
- * bytes of one part into a gguf_part; file.c makes a model_file of one or several parts.
+ * file: what the sources of model/ share about checkpoints and nobody else sees. gguf.c turns the
+ * bytes of one part of a GGUF file into a gguf_part; file.c makes a model_file of one or several
+ * parts.
  *
  * Everything points into the mapped bytes; only indexes are allocated, and never more than a small
  * multiple of the bytes they describe.
@@ -93,5 +94,20 @@ uint64_t model_file_digest(const model_file *f);
 void model_file_forget(const model_file *f, const void *p, size_t bytes);
 /* Gives back the pages of a map around these bytes if they lie in it; false: they do not. */
 bool model_forget_in(const uint8_t *map, size_t size, const void *p, size_t bytes);
+
+/* ---- of every format ---- */
+
+enum {
+    MODEL_MAX_DIM = 1 << 24,
+    MODEL_MAX_LAYERS = 4096,
+    MODEL_MAX_EXPERTS = 4096,
+    MODEL_MAX_TOP_K = 32,
+    MODEL_MAX_HEADS = 65536 /* and elements of one */
+};
+
+/* What of a shape contradicts itself or is not computed, written to buf; NULL: nothing. */
+const char *model_shape_fault(const model_shape *s, char *buf, size_t n);
+/* Why moed would not serve the path; empty if it would. Only a lack of memory is no answer. */
+ep_status model_verdict(const char *path, ep_err *why);
 
 #endif

@@ -4,7 +4,7 @@
  * file is printed escaped: it may hold anything.
  */
 #include "model/file.h"
-#include "model/safetensors.h"
+#include "model/hf.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -174,13 +174,13 @@ static void print_keys(printer *p, const model_file *f, bool json)
     }
 }
 
-/* Why moed would not serve the file; empty if it would. Only a lack of memory is no answer. */
-static ep_status verdict(const char *path, ep_err *why)
+ep_status model_verdict(const char *path, ep_err *why)
 {
     model *m = NULL;
     model_tokenizer *t = NULL;
     ep_status status = model_open(&m, path, why);
     if (status == EP_OK) status = model_tokenizer_open(&t, m, why);
+    if (status == EP_OK && m->folder != NULL) status = hf_check(m, m->shape.n_layers, why);
     if (status == EP_OK) why->text[0] = '\0';
     model_tokenizer_close(t);
     model_close(m);
@@ -195,7 +195,7 @@ ep_status model_inspect(const char *path, bool json, ep_buf *out, ep_err *err)
     if (model_safetensors_is(path)) return model_safetensors_inspect(path, json, out, err);
     ep_status status = model_file_open(&f, path, err);
     if (status != EP_OK) return status;
-    status = verdict(path, &why);
+    status = model_verdict(path, &why);
     if (status != EP_OK) {
         model_file_close(f);
         return ep_fail(err, status, "%s", why.text);

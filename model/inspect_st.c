@@ -1,11 +1,11 @@
 /*
- * `moectl inspect` of a safetensors checkpoint: its tensors, and whether its experts can be read as
- * GPTQ. Like inspect.c it looks at names and numbers, and beyond them only at the small tensors
- * that decide the matter (zero points, group indexes and scales of the first expert of each layer),
- * so it stays quick on a checkpoint of any size.
+ * `moectl inspect` of a safetensors checkpoint: its tensors, and whether it would be served. Like
+ * inspect.c it looks at names and numbers, and beyond them only at the small tensors that decide
+ * the matter (zero points, group indexes and scales of the first expert of each layer), so it stays
+ * quick on a checkpoint of any size.
  */
 #include "model/file.h"
-#include "model/gptq.h"
+#include "model/hf.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -81,42 +81,22 @@ static void print_totals(printer *p, const st_file *f, bool json)
     }
 }
 
-/* Opens the experts, or says why not. */
-static gptq_model *open_experts(const char *path, ep_err *why)
+/* What the model is, where it opens. */
+static void print_model(printer *p, const char *path, bool json)
 {
-    gptq_model *m = NULL;
-    why->text[0] = '\0';
-    if (gptq_open(&m, path, why) != EP_OK) return NULL;
-    ep_status status = EP_OK;
-    for (int l = 0; l < gptq_shape(m)->n_layers && status == EP_OK; l++)
-        for (int role = 0; role < 3 && status == EP_OK; role++)
-            status = gptq_expert_check(m, l, role, 0, why);
-    if (status == EP_OK) return m;
-    gptq_close(m);
-    return NULL;
-}
-
-static void print_experts(printer *p, const gptq_model *m, const ep_err *why, bool json)
-{
-    const gptq_config *c = m != NULL ? gptq_shape(m) : NULL;
-    if (json) {
-        PRINT(p, "{\"readable\":%s,\"why_not\":", m != NULL ? "true" : "false");
-        print_text(p, why->text, SIZE_MAX);
-        if (c != NULL)
-            PRINT(p,
-                  ",\"architecture\":\"qwen3_moe\",\"layers\":%d,\"experts\":%d,\"hidden\":%d,"
-                  "\"inter\":%d,\"bits\":4,\"group\":%d",
-                  c->n_layers, c->n_experts, c->hidden, c->inter, GPTQ_GROUP);
-        PRINT(p, "}");
-    } else if (c != NULL) {
-        PRINT(p,
-              "experts: readable (GPTQ, 4 bits, groups of %d), qwen3_moe with %d layers of %d "
-              "experts, "
-              "hidden %d, inter %d\n",
-              GPTQ_GROUP, c->n_layers, c->n_experts, c->hidden, c->inter);
-    } else {
-        PRINT(p, "experts: not readable, because %s\n", why->text);
+    model *m = NULL;
+    if (model_open(&m, path, NULL) != EP_OK) {
+        if (json) PRINT(p, "null");
+        return;
     }
+    const model_shape *s = &m->shape;
+    const char *type = kern_type_name(m->layers[0].gate_exps->type);
+    PRINT(p,
+          json ? "{\"architecture\":\"%s\",\"layers\":%d,\"experts\":%d,\"hidden\":%d,"
+                 "\"inter\":%d,\"expert_type\":\"%s\"}"
+               : "%s with %d layers of %d experts, hidden %d, inter %d, experts %s\n",
+          s->arch, s->n_layers, s->n_experts, s->hidden, s->inter, type);
+    model_close(m);
 }
 
 ep_status model_safetensors_inspect(const char *path, bool json, ep_buf *out, ep_err *err)
@@ -124,17 +104,19 @@ ep_status model_safetensors_inspect(const char *path, bool json, ep_buf *out, ep
     printer p = {.out = out};
     st_file *f;
     ep_err why;
-    ep_status status = st_open(&f, path, err);
+    ep_status status = model_verdict(path, &why);
+    if (status != EP_OK) return ep_fail(err, status, "%s", why.text);
+    status = st_open(&f, path, err);
     if (status != EP_OK) return status;
-    gptq_model *m = open_experts(path, &why);
     if (json) {
         PRINT(&p, "{\"file\":");
         print_text(&p, path, SIZE_MAX);
-        PRINT(&p, ",\"format\":\"safetensors\",\"parts\":%zu,\"served\":false,\"why_not\":",
-              st_n_parts(f));
-        print_text(&p, MODEL_NO_SAFETENSORS, SIZE_MAX);
-        PRINT(&p, ",\"experts\":");
-        print_experts(&p, m, &why, true);
+        PRINT(&p,
+              ",\"format\":\"safetensors\",\"parts\":%zu,\"served\":%s,\"why_not\":", st_n_parts(f),
+              why.text[0] ? "false" : "true");
+        print_text(&p, why.text, SIZE_MAX);
+        PRINT(&p, ",\"model\":");
+        print_model(&p, path, true);
         PRINT(&p, ",\"keys\":{");
         print_notes(&p, f, true);
         PRINT(&p, "},\"types\":{");
@@ -145,8 +127,8 @@ ep_status model_safetensors_inspect(const char *path, bool json, ep_buf *out, ep
     } else {
         PRINT(&p, "%s: safetensors, %zu file%s, %zu tensors\n", path, st_n_parts(f),
               st_n_parts(f) == 1 ? "" : "s", st_n_tensors(f));
-        PRINT(&p, "served: no, because %s\n", MODEL_NO_SAFETENSORS);
-        print_experts(&p, m, &why, false);
+        PRINT(&p, "served: %s%s\n", why.text[0] ? "no, because " : "yes", why.text);
+        print_model(&p, path, false);
         PRINT(&p, "\nmetadata\n");
         print_notes(&p, f, false);
         PRINT(&p, "\ntensors\n");
@@ -154,7 +136,6 @@ ep_status model_safetensors_inspect(const char *path, bool json, ep_buf *out, ep
         PRINT(&p, "\nby type\n");
         print_totals(&p, f, false);
     }
-    gptq_close(m);
     st_close(f);
     return p.status == EP_OK ? EP_OK : ep_fail(err, p.status, "%s: no memory", path);
 }

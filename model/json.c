@@ -26,7 +26,7 @@ ep_status model_json_parse(model_json **out, const void *text, size_t n, const c
                            ep_err *err)
 {
     json_error_t e;
-    json_t *doc = json_loadb(text, n, JSON_REJECT_DUPLICATES, &e);
+    json_t *doc = json_loadb(n > 0 ? text : "", n, JSON_REJECT_DUPLICATES, &e);
     if (doc == NULL) {
         if (json_error_code(&e) == json_error_out_of_memory)
             return ep_fail(err, EP_ERR_NOMEM, "%s: no memory for its JSON", where);
@@ -48,11 +48,11 @@ static ep_status read_all(int fd, const char *path, size_t most, ep_buf *b, ep_e
     if (st.st_size > (off_t)most)
         return ep_fail(err, EP_ERR_TOO_LARGE, "%s: %lld bytes are more than the limit of %zu", path,
                        (long long)st.st_size, most);
-    size_t want = (size_t)st.st_size;
+    size_t want = (size_t)st.st_size, end = b->len + want;
     if (ep_buf_reserve(b, want + 1) != EP_OK)
         return ep_fail(err, EP_ERR_NOMEM, "%s: no memory", path);
-    while (b->len < want) {
-        ssize_t got = read(fd, b->data + b->len, want - b->len);
+    while (b->len < end) {
+        ssize_t got = read(fd, b->data + b->len, end - b->len);
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) return ep_fail(err, EP_ERR_IO, "%s: %s", path, strerror(errno));
         if (got == 0) return ep_fail(err, EP_ERR_IO, "%s: became shorter while it was read", path);
@@ -61,14 +61,20 @@ static ep_status read_all(int fd, const char *path, size_t most, ep_buf *b, ep_e
     return EP_OK;
 }
 
-ep_status model_json_load(model_json **out, const char *path, size_t most, ep_err *err)
+ep_status model_json_bytes(ep_buf *out, const char *path, size_t most, ep_err *err)
 {
-    ep_buf b = {0};
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0 && errno == ENOENT) return EP_AGAIN;
     if (fd < 0) return ep_fail(err, EP_ERR_IO, "%s: %s", path, strerror(errno));
-    ep_status status = read_all(fd, path, most, &b, err);
+    ep_status status = read_all(fd, path, most, out, err);
     close(fd);
+    return status;
+}
+
+ep_status model_json_load(model_json **out, const char *path, size_t most, ep_err *err)
+{
+    ep_buf b = {0};
+    ep_status status = model_json_bytes(&b, path, most, err);
     if (status == EP_OK) status = model_json_parse(out, b.data, b.len, path, err);
     ep_buf_fini(&b);
     return status;
@@ -109,6 +115,13 @@ bool model_json_int(const model_json *v, int64_t *out)
 {
     if (!json_is_integer(inner(v))) return false;
     *out = json_integer_value(inner(v));
+    return true;
+}
+
+bool model_json_real(const model_json *v, double *out)
+{
+    if (!json_is_number(inner(v))) return false;
+    *out = json_number_value(inner(v));
     return true;
 }
 

@@ -19,6 +19,8 @@ ep_status model_json_parse(model_json **out, const void *text, size_t n, const c
 /* The same of a regular file of at most `most` bytes. EP_AGAIN, err untouched, when it is absent.
  */
 ep_status model_json_load(model_json **out, const char *path, size_t most, ep_err *err);
+/* Only the bytes of such a file, appended. */
+ep_status model_json_bytes(ep_buf *out, const char *path, size_t most, ep_err *err);
 void model_json_free(model_json *doc);
 
 bool model_json_is_object(const model_json *v);
@@ -30,6 +32,7 @@ model_json *model_json_member(const model_json *v, const char *key);
 model_json *model_json_item(const model_json *v, size_t i);
 /* False when v is NULL or of another kind. A whole number is one without fraction and exponent. */
 bool model_json_int(const model_json *v, int64_t *out);
+bool model_json_real(const model_json *v, double *out); /* whole numbers too */
 bool model_json_bool(const model_json *v, bool *out);
 const char *model_json_str(const model_json *v); /* UTF-8, NULL: no string */
 

@@ -4,9 +4,11 @@
  * layer, name, expected and found shape; so is every feature of the metadata that moed does not
  * compute. After open nobody looks a name up again.
  *
- * The architecture is a table of tensors and a list of refusals; today there is one, qwen3moe.
+ * The architecture is a table of tensors and a list of refusals; today there is one, qwen3moe. This
+ * is its reading from a GGUF file; hf.c reads the same from a folder.
  */
 #include "model/file.h"
+#include "model/hf.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -14,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_DIM = 1 << 24, MAX_LAYERS = 4096, MAX_EXPERTS = 4096, MAX_TOP_K = 32, TEXT = 64 };
+enum { TEXT = 64 };
 
 /* One reading of a model's metadata; the first fault sticks. */
 typedef struct reader {
@@ -206,21 +208,21 @@ static void get_text(const model_file *f, const char *key, char *out, size_t siz
 static void read_shape(reader *r, model_shape *s)
 {
     char key[128];
-    s->n_layers = get_int(r, "block_count", -1, 1, MAX_LAYERS);
-    s->hidden = get_int(r, "embedding_length", -1, 1, MAX_DIM);
-    s->context = get_int(r, "context_length", -1, 1, MAX_DIM);
-    s->n_heads = get_int(r, "attention.head_count", -1, 1, 65536);
-    s->n_kv_heads = get_int(r, "attention.head_count_kv", s->n_heads, 1, 65536);
+    s->n_layers = get_int(r, "block_count", -1, 1, MODEL_MAX_LAYERS);
+    s->hidden = get_int(r, "embedding_length", -1, 1, MODEL_MAX_DIM);
+    s->context = get_int(r, "context_length", -1, 1, MODEL_MAX_DIM);
+    s->n_heads = get_int(r, "attention.head_count", -1, 1, MODEL_MAX_HEADS);
+    s->n_kv_heads = get_int(r, "attention.head_count_kv", s->n_heads, 1, MODEL_MAX_HEADS);
     int even = r->status == EP_OK ? s->hidden / s->n_heads : 1;
-    s->head_dim = get_int(r, "attention.key_length", even, 1, 65536);
-    int value = get_int(r, "attention.value_length", s->head_dim, 1, 65536);
-    s->rope_dim = get_int(r, "rope.dimension_count", s->head_dim, 2, 65536);
+    s->head_dim = get_int(r, "attention.key_length", even, 1, MODEL_MAX_HEADS);
+    int value = get_int(r, "attention.value_length", s->head_dim, 1, MODEL_MAX_HEADS);
+    s->rope_dim = get_int(r, "rope.dimension_count", s->head_dim, 2, MODEL_MAX_HEADS);
     s->rope_base = get_real(r, "rope.freq_base", 10000.0, 1.0, 1e12);
     s->rms_eps = (float)get_real(r, "attention.layer_norm_rms_epsilon", (double)NAN, 1e-12, 1.0);
-    s->n_experts = get_int(r, "expert_count", -1, 1, MAX_EXPERTS);
-    s->top_k = get_int(r, "expert_used_count", -1, 1, MAX_TOP_K);
-    int dense = get_int(r, "feed_forward_length", 0, 0, MAX_DIM);
-    s->inter = get_int(r, "expert_feed_forward_length", dense > 0 ? dense : -1, 1, MAX_DIM);
+    s->n_experts = get_int(r, "expert_count", -1, 1, MODEL_MAX_EXPERTS);
+    s->top_k = get_int(r, "expert_used_count", -1, 1, MODEL_MAX_TOP_K);
+    int dense = get_int(r, "feed_forward_length", 0, 0, MODEL_MAX_DIM);
+    s->inter = get_int(r, "expert_feed_forward_length", dense > 0 ? dense : -1, 1, MODEL_MAX_DIM);
     s->gate = MODEL_GATE_SOFTMAX_TOPK;
     s->renormalise = true; /* qwen3moe's norm_topk_prob is not stored unless it is false */
     bool norm = true;
@@ -233,25 +235,32 @@ static void read_shape(reader *r, model_shape *s)
             r->status = status;
     }
     if (r->status != EP_OK) return;
-    char what[256] = "";
-    if (value != s->head_dim)
+    char what[256];
+    if (value != s->head_dim) {
         snprintf(what, sizeof(what),
                  "keys of %d and values of %d per head: unequal lengths are not implemented",
                  s->head_dim, value);
-    else if (s->n_heads % s->n_kv_heads != 0)
-        snprintf(what, sizeof(what), "%d heads do not divide among %d KV heads", s->n_heads,
-                 s->n_kv_heads);
+        refuse(r, EP_ERR_INVALID, what);
+    }
+    if (model_shape_fault(s, what, sizeof(what)) != NULL) refuse(r, EP_ERR_INVALID, what);
+}
+
+const char *model_shape_fault(const model_shape *s, char *buf, size_t n)
+{
+    if (s->n_heads % s->n_kv_heads != 0)
+        snprintf(buf, n, "%d heads do not divide among %d KV heads", s->n_heads, s->n_kv_heads);
     else if (s->rope_dim > s->head_dim || s->rope_dim % 2 != 0)
-        snprintf(what, sizeof(what), "rope over %d elements of a head of %d", s->rope_dim,
-                 s->head_dim);
+        snprintf(buf, n, "rope over %d elements of a head of %d", s->rope_dim, s->head_dim);
     else if (s->top_k > s->n_experts)
-        snprintf(what, sizeof(what), "%d experts used of %d", s->top_k, s->n_experts);
+        snprintf(buf, n, "%d experts used of %d", s->top_k, s->n_experts);
     else if (s->hidden % 16 != 0 || s->inter % 16 != 0)
-        snprintf(what, sizeof(what), "hidden %d and expert width %d must be multiples of 16",
-                 s->hidden, s->inter);
-    else if ((int64_t)s->n_heads * s->head_dim > MAX_DIM)
-        snprintf(what, sizeof(what), "%d heads of %d are too many", s->n_heads, s->head_dim);
-    if (what[0] != '\0') refuse(r, EP_ERR_INVALID, what);
+        snprintf(buf, n, "hidden %d and expert width %d must be multiples of 16", s->hidden,
+                 s->inter);
+    else if ((int64_t)s->n_heads * s->head_dim > MODEL_MAX_DIM)
+        snprintf(buf, n, "%d heads of %d are too many", s->n_heads, s->head_dim);
+    else
+        return NULL;
+    return buf;
 }
 
 /* ---- tensors ---- */
@@ -478,13 +487,13 @@ static void read_ends(reader *r, model *m)
     const model_tensor *embd = model_file_find(r->f, "token_embd.weight");
     size_t tokens = model_file_arr_len(r->f, "tokenizer.ggml.tokens");
     uint64_t vocab = embd != NULL ? embd->ne[1] : tokens;
-    if (vocab == 0 || vocab > MAX_DIM) {
+    if (vocab == 0 || vocab > MODEL_MAX_DIM) {
         refuse(r, EP_ERR_INVALID,
                "tensor token_embd.weight is missing, or its vocabulary is out of range");
         return;
     }
     s->vocab = (int)vocab;
-    int said = get_int(r, "vocab_size", s->vocab, 1, MAX_DIM);
+    int said = get_int(r, "vocab_size", s->vocab, 1, MODEL_MAX_DIM);
     if (r->status == EP_OK && said != s->vocab) {
         snprintf(what, sizeof(what), "key %s.vocab_size is %d, but token_embd.weight has %d rows",
                  r->arch, said, s->vocab);
@@ -546,6 +555,7 @@ ep_status model_open_file(model **out, model_file *file, ep_err *err)
 ep_status model_open(model **out, const char *path, ep_err *err)
 {
     model_file *f;
+    if (model_safetensors_is(path)) return hf_open(out, path, err);
     ep_status status = model_file_open(&f, path, err);
     return status == EP_OK ? model_open_file(out, f, err) : status;
 }
@@ -554,6 +564,7 @@ void model_close(model *m)
 {
     if (m == NULL) return;
     model_file_close(m->file);
+    hf_close(m->folder);
     ep_free(m->layers);
     ep_free(m);
 }
@@ -572,9 +583,7 @@ size_t model_rows_bytes(const model_tensor *t)
 ep_status model_rows(const model *m, const model_tensor *t, int i, ep_buf *made,
                      const uint8_t **rows, ep_err *err)
 {
-    (void)m;
-    (void)made;
-    (void)err;
+    if (t->data == NULL) return hf_rows(m->folder, t, i, made, rows, err);
     *rows = t->data + (size_t)i * model_rows_bytes(t);
     return EP_OK;
 }
@@ -582,5 +591,8 @@ ep_status model_rows(const model *m, const model_tensor *t, int i, ep_buf *made,
 void model_forget(const model *m, const model_tensor *t, int i)
 {
     size_t n = model_rows_bytes(t);
-    model_file_forget(m->file, t->data + (size_t)i * n, n);
+    if (m->folder != NULL)
+        hf_forget(m->folder, t, i);
+    else
+        model_file_forget(m->file, t->data + (size_t)i * n, n);
 }

@@ -1,9 +1,10 @@
 #ifndef EP_MODEL_MODEL_H
 #define EP_MODEL_MODEL_H
 /*
- * model: what a checkpoint says. Reads GGUF (v2, v3, single or split) by mmap, checks every length,
- * offset, count, type and string before use, resolves hyper-parameters and tensors of an
- * architecture, tokenises, and decides which shard owns which expert. Computes nothing.
+ * model: what a checkpoint says. Reads GGUF (v2, v3, single or split) and folders of Hugging Face's
+ * form (config.json, safetensors, tokenizer.json) by mmap, checks every length, offset, count, type
+ * and string before use, resolves hyper-parameters and tensors of an architecture, tokenises, and
+ * decides which shard owns which expert. Computes nothing.
  *
  * A model is read-only after open and may be used from any thread. Pointers into it live until
  * close.
@@ -19,11 +20,12 @@ typedef struct model_file model_file;
 
 typedef struct model_tensor {
     const char *name;
-    int type; /* GGUF type id, checked to be one whose size is known */
+    int type; /* GGUF type id, checked to be one whose size is known, or KERN_GPTQ4 */
     int n_dims;
     uint64_t ne[4];      /* fastest first; missing dimensions are 1 */
-    const uint8_t *data; /* mapped, all bytes inside the file */
-    size_t bytes;
+    const uint8_t *data; /* mapped, all bytes inside the file; NULL: made of parts (model_rows) */
+    size_t bytes;        /* of all its rows */
+    const struct hf_matrix *parts; /* where data is NULL: [ne[2]], one matrix each */
 } model_tensor;
 
 /* path: a GGUF file, or any part of a split one (siblings NAME-0000i-of-0000n.gguf are found).
@@ -52,7 +54,8 @@ ep_status model_file_arr_str(const model_file *f, const char *key, size_t i, con
 ep_status model_file_arr_i64(const model_file *f, const char *key, size_t i, int64_t *out);
 ep_status model_file_arr_f64(const model_file *f, const char *key, size_t i, double *out);
 
-/* Prints what the file holds and what would refuse it: to `out` as text for people, or JSON. */
+/* Prints what a file or a folder holds and what would refuse it: to `out` as text for people, or
+ * JSON. */
 ep_status model_inspect(const char *path, bool json, ep_buf *out, ep_err *err);
 
 /* ---- a model ------------------------------------------------------------------------------------
@@ -78,7 +81,8 @@ typedef struct model_layer {
 } model_layer;
 
 typedef struct model {
-    model_file *file;
+    model_file *file;         /* where it is from: a GGUF file, */
+    struct hf_folder *folder; /* or a folder; the other is NULL */
     model_shape shape;
     const model_tensor *token_embd, *output_norm, *output; /* output == token_embd when tied */
     model_layer *layers;                                   /* [n_layers] */
@@ -86,7 +90,8 @@ typedef struct model {
         digest; /* XXH3 over the tensor directory and metadata: equal on every rank or refused */
 } model;
 
-/* Opens and resolves everything; a missing, misshapen or unserved tensor is refused with layer,
+/* path: as model_file_open, or a folder with a safetensors checkpoint, its index or only file.
+ * Opens and resolves everything; a missing, misshapen or unserved tensor is refused with layer,
  * name, expected and found shape. Another architecture, rope scaling etc. is refused by name. */
 ep_status model_open(model **out, const char *path, ep_err *err);
 /* The same over an opened file, which the model then owns (also on failure it is closed). */
@@ -98,7 +103,7 @@ const model_tensor *model_experts(const model *m, int layer, int role);
 
 /* Rows of matrix i of a tensor (an expert; 0 where there is one only), model_rows_bytes long, of
  * any alignment: where they lie in the file, or made in `made`, the caller's, until its next use.
- * Any thread. */
+ * What only contents can tell (GPTQ zero points, order, scales) is refused here. Any thread. */
 ep_status model_rows(const model *m, const model_tensor *t, int i, ep_buf *made,
                      const uint8_t **rows, ep_err *err);
 size_t model_rows_bytes(const model_tensor *t);
@@ -111,8 +116,9 @@ void model_forget(const model *m, const model_tensor *t, int i);
 
 typedef struct model_tokenizer model_tokenizer;
 
-/* From the GGUF's tokenizer.* keys: model `gpt2` (byte-level BPE) with a known pre-tokenizer,
- * others are refused by name. Thread safe after open (encode allocates; it locks nothing). */
+/* From the GGUF's tokenizer.* keys, or tokenizer.json and its neighbours: byte-level BPE with a
+ * known pre-tokenizer, others are refused by name. Text is not normalised, whatever the checkpoint
+ * says. Thread safe after open (encode allocates; it locks nothing). */
 ep_status model_tokenizer_open(model_tokenizer **out, const model *m, ep_err *err);
 /* The same of a GGUF file alone. */
 ep_status model_tokenizer_open_file(model_tokenizer **out, const model_file *f, ep_err *err);

@@ -8,8 +8,11 @@
  * Files come from disk (mapped) or from memory (tests). A file cut short by someone else while it
  * is mapped is not survived (SIGBUS).
  */
+#include "model/file.h"
 #include "model/json.h"
 #include "model/safetensors_part.h"
+
+#include <xxhash.h>
 
 #include <dirent.h>
 #include <errno.h>
@@ -79,9 +82,7 @@ static ep_status list_folder(const char *path, found *f, ep_err *err)
 
 bool model_safetensors_is(const char *path)
 {
-    found f = {.n_files = 0};
-    if (ends_with(path, FILE_END) || ends_with(path, INDEX_END)) return true;
-    return is_folder(path) && list_folder(path, &f, NULL) == EP_OK && f.n_files + f.n_indexes > 0;
+    return ends_with(path, FILE_END) || ends_with(path, INDEX_END) || is_folder(path);
 }
 
 /* The one file or index that a folder means. A choice between several is left to the user. */
@@ -443,4 +444,33 @@ void st_note(const st_file *f, size_t i, const char **key, const char **value)
 {
     *key = f->parts[0].notes[i].key;
     *value = f->parts[0].notes[i].value;
+}
+
+uint64_t st_digest(const st_file *f)
+{
+    uint64_t h = 0;
+    for (size_t i = 0; i < f->n_parts; i++) {
+        const st_part *p = &f->parts[i];
+        uint8_t size[8];
+        ep_store_le(size, p->size, sizeof(size));
+        h = XXH3_64bits_withSeed(p->name, strlen(p->name), h);
+        h = XXH3_64bits_withSeed(p->map, p->data_start, h);
+        h = XXH3_64bits_withSeed(size, sizeof(size), h);
+    }
+    return h;
+}
+
+void st_forget(const st_file *f, const void *p, size_t bytes)
+{
+    for (size_t i = 0; i < f->n_parts; i++) {
+        const st_part *part = &f->parts[i];
+        if (part->mapped && model_forget_in(part->map, part->size, p, bytes)) return;
+    }
+}
+
+ep_status st_misshapen(const st_file *f, const st_tensor *t, const char *want, ep_err *err)
+{
+    char shape[256];
+    return ep_fail(err, EP_ERR_INVALID, "%s: tensor %s is %s %s, expected %s", f->path, t->name,
+                   st_type_name(t->type), st_shape_text(shape, sizeof(shape), t), want);
 }

@@ -3,7 +3,7 @@
 /*
  * safetensors: a checkpoint of one file, or of several under an index, as one set of tensors. The
  * files are mapped; every name, type, shape and offset is checked before anyone sees a tensor. What
- * the tensors mean is not known here (gptq.h knows one case).
+ * the tensors mean is not known here (hf.h knows).
  *
  * Read-only after open, any thread; pointers live until close. Data need not be aligned: the format
  * promises nothing, so read it by memcpy.
@@ -72,16 +72,18 @@ const st_tensor *st_find(const st_file *f, const char *name); /* NULL: absent */
 size_t st_n_notes(const st_file *f);                          /* __metadata__ of part 0 */
 void st_note(const st_file *f, size_t i, const char **key, const char **value);
 
+/* XXH3 over names, headers and sizes of the files. */
+uint64_t st_digest(const st_file *f);
+/* model_forget of bytes of this checkpoint. */
+void st_forget(const st_file *f, const void *p, size_t bytes);
+
 const char *st_type_name(st_type t); /* "BF16" */
 /* "[256, 64]". Returns buf. */
 char *st_shape_text(char *buf, size_t n, const st_tensor *t);
+/* Refuses a tensor: "tensor X is F16 [2, 3], expected WANT". */
+ep_status st_misshapen(const st_file *f, const st_tensor *t, const char *want, ep_err *err);
 
-/* Why model_open refuses such a path. */
-#define MODEL_NO_SAFETENSORS                                                                       \
-    "safetensors checkpoints can be inspected and their GPTQ experts read, serving them is not "   \
-    "implemented"
-/* Whether a path is for this reader: *.safetensors, *.safetensors.index.json, or a folder
- * that holds one. */
+/* Whether a path is for this reader: *.safetensors, *.safetensors.index.json, or a folder. */
 bool model_safetensors_is(const char *path);
 /* model_inspect of such a path. */
 ep_status model_safetensors_inspect(const char *path, bool json, ep_buf *out, ep_err *err);

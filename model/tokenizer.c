@@ -20,6 +20,7 @@
  * other models.
  */
 #include "model/bpe.h"
+#include "model/hf.h"
 #include "model/vocab.h"
 
 #include <string.h>
@@ -343,7 +344,8 @@ ep_status model_tokenizer_open_file(model_tokenizer **out, const model_file *f, 
 
 ep_status model_tokenizer_open(model_tokenizer **out, const model *m, ep_err *err)
 {
-    return model_tokenizer_open_file(out, m->file, err);
+    return m->folder != NULL ? hf_tokenizer_open(out, m->folder, err)
+                             : model_tokenizer_open_file(out, m->file, err);
 }
 
 void model_tokenizer_close(model_tokenizer *t)

@@ -2,7 +2,7 @@
 #define EP_MODEL_VOCAB_H
 /*
  * vocab: what a checkpoint says of its byte-level BPE tokenizer, whichever format said it. vocab.c
- * reads one from GGUF keys; tokenizer.c makes the tokenizer of it.
+ * reads one from GGUF keys, vocab_hf.c from tokenizer.json; tokenizer.c makes the tokenizer of it.
  * Internal to model.
  *
  * Texts point into the source, which must outlive the vocabulary (not the tokenizer made of it).

@@ -144,11 +144,10 @@ static inline void gx_tensor(gx_maker *m, const char *name, const char *type, ui
     ep_free(data);
 }
 
-static inline void gx_matrix(gx_maker *m, int l, int e, const char *role, uint64_t n, uint64_t k)
+static inline void gx_matrix(gx_maker *m, const char *prefix, uint64_t n, uint64_t k)
 {
     char name[128];
-    size_t at =
-        (size_t)snprintf(name, sizeof(name), "model.layers.%d.mlp.experts.%d.%s.", l, e, role);
+    size_t at = (size_t)snprintf(name, sizeof(name), "%s.", prefix);
     strcpy(name + at, "qweight");
     gx_tensor(m, name, "I32", k / 8, n, 'r');
     strcpy(name + at, "scales");
@@ -173,17 +172,19 @@ static inline void gx_layer(gx_maker *m, int l)
                  {"self_attn.k_norm.weight", "BF16", GX_HEAD_DIM, 0},
                  {"self_attn.q_proj.weight", "BF16", GX_HEADS * GX_HEAD_DIM, GX_HIDDEN},
                  {"self_attn.k_proj.weight", "BF16", GX_KV_HEADS * GX_HEAD_DIM, GX_HIDDEN},
-                 {"self_attn.v_proj.qweight", "I32", GX_HIDDEN / 8, GX_KV_HEADS * GX_HEAD_DIM},
                  {"self_attn.o_proj.weight", "F16", GX_HIDDEN, GX_HEADS * GX_HEAD_DIM}};
     char name[128];
     for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
         snprintf(name, sizeof(name), "model.layers.%d.%s", l, parts[i].name);
         gx_tensor(m, name, parts[i].type, parts[i].rows, parts[i].columns, 'r');
     }
-    for (int e = 0; e < GX_EXPERTS; e++) {
-        gx_matrix(m, l, e, "gate_proj", GX_INTER, GX_HIDDEN);
-        gx_matrix(m, l, e, "up_proj", GX_INTER, GX_HIDDEN);
-        gx_matrix(m, l, e, "down_proj", GX_HIDDEN, GX_INTER);
+    snprintf(name, sizeof(name), "model.layers.%d.self_attn.v_proj", l);
+    gx_matrix(m, name, GX_KV_HEADS * GX_HEAD_DIM, GX_HIDDEN);
+    for (int i = 0; i < 3 * GX_EXPERTS; i++) {
+        static const char *const roles[] = {"gate_proj", "up_proj", "down_proj"};
+        bool down = i % 3 == 2;
+        snprintf(name, sizeof(name), "model.layers.%d.mlp.experts.%d.%s", l, i / 3, roles[i % 3]);
+        gx_matrix(m, name, down ? GX_HIDDEN : GX_INTER, down ? GX_INTER : GX_HIDDEN);
     }
 }
 
@@ -219,6 +220,6 @@ static inline void gx_make(const gx_recipe *r, ep_buf parts[2], ep_buf *index)
     "experts\":3,"                                                                                 \
     "\"hidden_size\":256,\"moe_intermediate_size\":128,\"num_attention_heads\":2,"                 \
     "\"num_key_value_heads\":1,\"head_dim\":64,\"vocab_size\":24,\"mlp_only_layers\":[],"          \
-    "\"decoder_sparse_step\":1"
+    "\"decoder_sparse_step\":1,\"num_experts_per_tok\":2,\"max_position_embeddings\":64"
 
 #endif

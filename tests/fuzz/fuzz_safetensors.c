@@ -1,13 +1,13 @@
 /*
  * Fuzzes the safetensors reader. The first byte chooses: 0, a file; 1, an index and two files, a
- * and b; 2, config.json, quantize_config.json and a file, opened as a GPTQ checkpoint whose experts
- * are all read. In front of each part but the last stand two bytes of length. What is accepted must
+ * and b; 2, config.json, quantize_config.json and a file, opened as a model whose tensors are all
+ * read. In front of each part but the last stand two bytes of length. What is accepted must
  * keep its promises: tensors tile the data and are found by name, rows turn back into the words
  * they came from.
  */
 #include <stdlib.h>
 #include <string.h>
-#include "model/gptq.h"
+#include "model/hf.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -54,40 +54,47 @@ static void check_file(const st_file *f, const st_bytes *parts, size_t n_parts)
     }
 }
 
-static const st_tensor *part_of(const gptq_model *m, int l, int e, int role, const char *part)
+/* Codes and scales of a made matrix turn back into the words they came from. */
+static void check_words(const model_tensor *t, int i, const uint8_t *rows)
 {
-    static const char *const roles[] = {"gate_proj", "up_proj", "down_proj"};
-    char *name = ep_strfmt("model.layers.%d.mlp.experts.%d.%s.%s", l, e, roles[role], part);
-    must(name != NULL);
-    const st_tensor *t = st_find(gptq_file(m), name);
-    ep_free(name);
-    must(t != NULL);
-    return t;
+    const gptq_matrix *x = &t->parts[i].gptq;
+    uint8_t *words = ep_alloc(x->qweight->bytes), *halves = ep_alloc(x->scales->bytes);
+    must(words != NULL && halves != NULL);
+    gptq_rows_to_words((int)t->ne[1], (int)t->ne[0], rows, words, halves);
+    must(memcmp(words, x->qweight->data, x->qweight->bytes) == 0);
+    must(memcmp(halves, x->scales->data, x->scales->bytes) == 0);
+    ep_free(words);
+    ep_free(halves);
 }
 
-static void check_experts(const gptq_model *m)
+static void check_tensor(const model *m, const model_tensor *t)
 {
-    const gptq_config *c = gptq_shape(m);
-    for (int i = 0; i < c->n_layers * c->n_experts * 3; i++) {
-        int role = i % 3, e = i / 3 % c->n_experts, l = i / 3 / c->n_experts;
-        int n = role == 2 ? c->hidden : c->inter, k = role == 2 ? c->inter : c->hidden;
-        const st_tensor *q = part_of(m, l, e, role, "qweight");
-        const st_tensor *s = part_of(m, l, e, role, "scales");
-        uint8_t *rows = ep_alloc(gptq_expert_bytes(m, role));
-        uint8_t *words = ep_alloc(q->bytes), *halves = ep_alloc(s->bytes);
-        must(rows != NULL && words != NULL && halves != NULL);
+    ep_buf made = {0};
+    for (int i = 0; i < (int)t->ne[2]; i++) {
+        const uint8_t *rows = NULL;
         ep_err err = {{0}};
-        ep_status status = gptq_expert_rows(m, l, role, e, rows, &err);
-        must(status == gptq_expert_check(m, l, role, e, NULL));
-        if (status == EP_OK) {
-            gptq_rows_to_words(n, k, rows, words, halves);
-            must(memcmp(words, q->data, q->bytes) == 0 && memcmp(halves, s->data, s->bytes) == 0);
-        } else {
-            must(err.text[0] != '\0');
-        }
-        ep_free(rows);
-        ep_free(words);
-        ep_free(halves);
+        ep_status status = model_rows(m, t, i, &made, &rows, &err);
+        must(status == EP_OK || err.text[0] != '\0');
+        if (status != EP_OK) continue;
+        sink = rows[0] ^ rows[model_rows_bytes(t) - 1];
+        if (t->type == KERN_GPTQ4) check_words(t, i, rows);
+        model_forget(m, t, i);
+    }
+    ep_buf_fini(&made);
+}
+
+static void check_model(const model *m)
+{
+    check_tensor(m, m->token_embd);
+    check_tensor(m, m->output_norm);
+    check_tensor(m, m->output);
+    for (int l = 0; l < m->shape.n_layers; l++) {
+        const model_layer *y = &m->layers[l];
+        const model_tensor *t[] = {y->attn_norm, y->q,       y->k,         y->v,
+                                   y->o,         y->q_norm,  y->k_norm,    y->ffn_norm,
+                                   y->gate_inp,  y->up_exps, y->gate_exps, y->down_exps};
+        for (size_t i = 0; i < sizeof(t) / sizeof(t[0]); i++)
+            check_tensor(m, t[i]);
     }
 }
 
@@ -97,7 +104,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     int mode = ep_get_u8(&c);
     ep_err err = {{0}};
     st_file *f = NULL;
-    gptq_model *m = NULL;
+    model *m = NULL;
     ep_status status;
     if (c.bad) return 0;
     if (mode == 1) {
@@ -108,14 +115,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         if (status == EP_OK) check_file(f, parts, 2);
         st_close(f);
     } else if (mode == 2) {
-        st_bytes config = take(&c, "config.json", false);
-        st_bytes quantize = take(&c, "quantize_config.json", false);
+        st_bytes texts[HF_N_TEXTS] = {{NULL, NULL, 0}};
+        texts[HF_CONFIG] = take(&c, "config.json", false);
+        texts[HF_QUANTIZE] = take(&c, "quantize_config.json", false);
+        if (texts[HF_QUANTIZE].size == 0) texts[HF_QUANTIZE].data = NULL;
         st_bytes part = take(&c, "a.safetensors", true);
         status = st_open_bytes(&f, &part, 1, NULL, &err);
-        if (status == EP_OK)
-            status = gptq_open_file(&m, f, &config, quantize.size > 0 ? &quantize : NULL, &err);
-        if (status == EP_OK) check_experts(m);
-        gptq_close(m);
+        if (status == EP_OK) status = hf_open_file(&m, f, texts, &err);
+        if (status == EP_OK) check_model(m);
+        model_close(m);
     } else {
         st_bytes part = take(&c, "a.safetensors", true);
         status = st_open_bytes(&f, &part, 1, NULL, &err);

@@ -439,33 +439,39 @@ static void test_inspect(void)
     CHECK_INT(model_inspect(folder, false, &text, &err), EP_OK);
     sb_must(ep_buf_add(&text, "", 1));
     CHECK(strstr((char *)text.data, "safetensors, 2 files") != NULL);
-    CHECK(strstr((char *)text.data, "served: no, because safetensors checkpoints") != NULL);
-    CHECK(strstr((char *)text.data, "qwen3_moe with 2 layers of 3 experts") != NULL);
+    CHECK(strstr((char *)text.data, "served: no, because") != NULL);
+    CHECK(strstr((char *)text.data, "tokenizer.json: it is missing") != NULL);
+    CHECK(strstr((char *)text.data, "qwen3moe with 2 layers of 3 experts") != NULL);
     CHECK(strstr((char *)text.data, "model.layers.1.mlp.experts.2.down_proj.qweight") != NULL);
     text.len = 0;
     CHECK_INT(model_inspect(folder, true, &text, &err), EP_OK);
     model_json *doc = NULL;
     CHECK_INT(model_json_parse(&doc, text.data, text.len, "inspect", &err), EP_OK);
-    bool readable = false, served = true;
-    CHECK(model_json_bool(model_json_member(model_json_member(doc, "experts"), "readable"),
-                          &readable));
-    CHECK(model_json_bool(model_json_member(doc, "served"), &served));
-    CHECK(readable && !served);
-    CHECK_INT(model_json_size(model_json_member(doc, "tensors")), 2 * (9 + 3 * 3 * 3) + 3);
+    bool served = true;
+    CHECK(model_json_bool(model_json_member(doc, "served"), &served) && !served);
+    CHECK_STR(model_json_str(model_json_member(model_json_member(doc, "model"), "expert_type")),
+              "GPTQ4");
+    CHECK_INT(model_json_size(model_json_member(doc, "tensors")), 2 * (8 + 3 + 3 * 3 * 3) + 3);
     model_json_free(doc);
+    uint64_t digests[3] = {0};
+    const char *ways[] = {"", ("/" GX_INDEX), ""};
+    for (int i = 0; i < 3; i++) {
+        if (i == 2) write_file("generation_config.json", "{}", 2);
+        snprintf(path, sizeof(path), "%s%s", folder, ways[i]);
+        CHECK_INT(model_open(&m, path, &err), EP_OK);
+        if (m != NULL) digests[i] = m->digest;
+        model_close(m);
+        m = NULL;
+    }
+    CHECK(digests[0] == digests[1] && digests[0] != digests[2]);
+    snprintf(path, sizeof(path), "%s/" GX_PART_0, folder);
+    CHECK_INT(model_open(&m, path, &err), EP_ERR_INVALID); /* a part of it is not all of it */
+    remove_file("generation_config.json");
     remove_file("config.json");
     text.len = 0;
     CHECK_INT(model_inspect(folder, false, &text, &err), EP_OK);
     sb_must(ep_buf_add(&text, "", 1));
-    CHECK(strstr((char *)text.data, "experts: not readable, because") != NULL);
-    CHECK(strstr((char *)text.data, "config.json is missing") != NULL);
-    const char *ways[] = {"", "/" GX_PART_0, "/" GX_INDEX};
-    for (int i = 0; i < 3; i++) {
-        snprintf(path, sizeof(path), "%s%s", folder, ways[i]);
-        CHECK_INT(model_open(&m, path, &err), EP_ERR_UNSUPPORTED);
-        CHECK(says(&err, "can be inspected and their GPTQ experts read, serving them is not "
-                         "implemented"));
-    }
+    CHECK(strstr((char *)text.data, "config.json: it is missing") != NULL);
     CHECK_INT(model_inspect("/nowhere.safetensors", false, &text, &err), EP_ERR_IO);
     remove_folder();
     ep_buf_fini(&parts[0]);

@@ -1,0 +1,1 @@
+moed_fuzz(vocab_hf LIBS moed_model)
