@@ -349,7 +349,7 @@ static void resolve(reader *r)
 {
     config *c = r->c;
     if (c->model == NULL) {
-        complain(r, NULL, "'model' is missing: the GGUF file to serve");
+        complain(r, NULL, "'model' is missing: the GGUF file or checkpoint folder to serve");
         return;
     }
     char text[PATH_MAX];

@@ -12,7 +12,8 @@
 
 static const config_key model_keys[] = {
     {"model", CONFIG_TEXT, AT(model), 0, 0, NULL, NULL,
-     "GGUF file (or one part of a split one); relative to this file's folder"},
+     "GGUF file (or one part of a split one), or a folder with config.json, safetensors and "
+     "tokenizer.json; relative to this file's folder"},
 };
 static const config_key packed_keys[] = {
     {"packed", CONFIG_TEXT_OR_NULL, AT(packed), 0, 0, NULL, NULL,

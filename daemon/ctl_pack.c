@@ -24,7 +24,7 @@ int ctl_pack(const ctl_options *o)
     model *m = NULL;
     int shown = -1;
     if (o->path == NULL || o->path2 == NULL) {
-        fprintf(stderr, "moectl: which files? moectl pack MODEL.gguf OUT\n");
+        fprintf(stderr, "moectl: which files? moectl pack MODEL OUT\n");
         return 2;
     }
     long n_threads = o->n_threads > 0 ? o->n_threads : sysconf(_SC_NPROCESSORS_ONLN);

@@ -238,7 +238,7 @@ int ctl_inspect(const ctl_options *o)
     ep_buf text = {0};
     ep_err err = {""};
     if (o->path == NULL) {
-        fprintf(stderr, "moectl: which file? moectl inspect MODEL.gguf\n");
+        fprintf(stderr, "moectl: which model? moectl inspect MODEL\n");
         return 2;
     }
     ep_status status = model_inspect(o->path, o->json, &text, &err);

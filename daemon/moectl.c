@@ -250,11 +250,13 @@ static const struct verb {
       NULL, NULL}},
     {"inspect",
      ctl_inspect,
-     {no_options, parse_verb, "MODEL.gguf",
-      "What a model file holds and what would refuse it; needs no daemon.", children, NULL, NULL}},
+     {no_options, parse_verb, "MODEL",
+      "What a model (GGUF file, safetensors file, index or folder) holds and what would refuse it; "
+      "needs no daemon.",
+      children, NULL, NULL}},
     {"pack",
      ctl_pack,
-     {pack_options, parse_verb, "MODEL.gguf OUT",
+     {pack_options, parse_verb, "MODEL OUT",
       "Packs every expert once into a file that shards map at start (`packed:` of the "
       "configuration); "
       "needs no daemon.",
