@@ -56,6 +56,9 @@ typedef enum ep_level { EP_LOG_ERROR, EP_LOG_WARN, EP_LOG_INFO, EP_LOG_DEBUG } e
  * Call once before threads start; the text is copied. The environment variable MOED_LOG
  * (error, warn, info, debug) overrides the level. */
 void ep_log_open(const char *who, ep_level level);
+/* Opens /dev/null for each of descriptors 0 to 2 that is closed: a socket that got such a number
+ * would be sent what is printed and logged. First thing in main. */
+void ep_standard_files(void);
 /* One line to stderr, prefixed with the syslog priority <N> where stderr is the journal; keeps
  * errno. */
 void ep_log(ep_level level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

@@ -7,6 +7,7 @@
 #include "base/base.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +27,15 @@ void ep_log_open(const char *who, ep_level level)
     const char *env = getenv("MOED_LOG");
     for (int i = 0; env != NULL && i < 4; i++)
         if (strcmp(env, level_names[i]) == 0) log_level = (ep_level)i;
+}
+
+void ep_standard_files(void)
+{
+    int fd;
+    do {
+        fd = open("/dev/null", O_RDWR);
+    } while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0) close(fd);
 }
 
 void ep_log(ep_level level, const char *fmt, ...)

@@ -3,6 +3,7 @@
  * looks at a configuration and starts nothing. Nobody else in the project reads argv or ends the
  * process.
  */
+#include "base/base.h"
 #include "daemon/check.h"
 #include "daemon/rank.h"
 #include "daemon/up.h"
@@ -125,6 +126,7 @@ static void usage(FILE *f)
 
 int main(int argc, char **argv)
 {
+    ep_standard_files();
     argp_err_exit_status = 2;
     if (argc < 2) {
         usage(stderr);

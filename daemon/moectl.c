@@ -284,6 +284,7 @@ static void default_address(void)
 
 int main(int argc, char **argv)
 {
+    ep_standard_files();
     argp_err_exit_status = 2;
     signal(SIGPIPE, SIG_IGN);
     ep_log_open("moectl", EP_LOG_WARN);

@@ -6,9 +6,10 @@ import resource
 import signal
 import socket
 import struct
+import subprocess
 import time
 
-from daemon import Daemon, check, main, stopped, wait_for
+from daemon import MOED, Daemon, check, die_with_parent, main, stopped, wait_for
 
 GOOD = ["generate", "--prompt-ids", "79,110,373", "-n", "8", "--ignore-eos"]
 BIG = (0, 1, 2**31 - 1, 2**31, 2**32 - 1)
@@ -223,6 +224,20 @@ def test_connections():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_closed_files():
+    """Without standard input, output and error no socket takes their numbers, so no log goes there."""
+    with Daemon() as d:
+        closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+        d.process = subprocess.Popen([*closed, MOED, "up", "-c", d.config], preexec_fn=die_with_parent)
+        d.wait_ready()
+        for fd in range(3):
+            to = os.readlink(f"/proc/{d.process.pid}/fd/{fd}")
+            check(to == "/dev/null", f"descriptor {fd} of the daemon is {to}")
+        r = subprocess.run([*closed, *d.command(*GOOD)], timeout=20, check=False)
+        check(r.returncode == 0, f"moectl without standard files ended with {r.returncode}")
+        d.stop()
+
+
 def cpu_s(pid):
     with open(f"/proc/{pid}/stat") as f:
         fields = f.read().rsplit(")", 1)[1].split()
@@ -284,4 +299,4 @@ def test_hangup():
 
 if __name__ == "__main__":
     main([test_numbers, test_unknown_fields, test_never_reads, test_connections, test_many_small, test_not_a_socket,
-          test_two_at_once, test_hangup])
+          test_two_at_once, test_hangup, test_closed_files])
