@@ -15,7 +15,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
-enum { SILENT_MS = 15000, HELLO_S = 10 };
+enum { SILENT_MS = 15000, HELLO_S = 10, MAX_STRANGERS = 32 };
 
 static void set_text(char **to, const char *from)
 {
@@ -228,6 +228,25 @@ void ranks_tick(up *u, ep_time now)
 
 /* ---- Hello ---- */
 
+/* Whoever connects is a stranger until its Hello. Only so many at once, or they could take every
+ * descriptor of the daemon; the rest wait in the backlog. */
+void ranks_accept_again(up *u)
+{
+    int room = MAX_STRANGERS - u->n_strangers;
+    for (int i = 0; i < u->n_ranks; i++)
+        room += u->ranks[i].bev == NULL;
+    if (room > 0)
+        evconnlistener_enable(u->rank_listener);
+    else
+        evconnlistener_disable(u->rank_listener);
+}
+
+static void no_stranger_any_more(up *u)
+{
+    u->n_strangers--;
+    ranks_accept_again(u);
+}
+
 static void refuse(up *u, struct bufferevent *bev, const char *text)
 {
     Moed__Failed m = MOED__FAILED__INIT;
@@ -276,6 +295,7 @@ static void on_hello(struct bufferevent *bev, void *arg)
     proto_frame f;
     ep_status status = listen_frame(bev, &f);
     if (status == EP_AGAIN) return;
+    no_stranger_any_more(u);
     if (status != EP_OK || f.envelope->body_case != MOED__ENVELOPE__BODY_HELLO ||
         strcmp(f.envelope->hello->job, u->job) != 0) {
         /* Not ours, or a straggler of an earlier launch. */
@@ -315,8 +335,8 @@ static void on_hello(struct bufferevent *bev, void *arg)
 static void on_stranger_end(struct bufferevent *bev, short what, void *arg)
 {
     (void)what;
-    (void)arg;
     bufferevent_free(bev);
+    no_stranger_any_more(arg);
 }
 
 static void on_accept(struct evconnlistener *l, evutil_socket_t fd, struct sockaddr *a, int len,
@@ -331,6 +351,8 @@ static void on_accept(struct evconnlistener *l, evutil_socket_t fd, struct socka
         evutil_closesocket(fd);
         return;
     }
+    u->n_strangers++;
+    ranks_accept_again(u);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1},
                sizeof(int)); /* fails on a Unix socket: no harm */
     const struct timeval patience = {.tv_sec = HELLO_S};

@@ -188,7 +188,7 @@ static void on_tick(evutil_socket_t fd, short what, void *arg)
     requests_assign(u); /* what ended by time made room, or was the last */
     up_advance(u);
     evconnlistener_enable(u->client_listener); /* off after a failed accept */
-    evconnlistener_enable(u->rank_listener);
+    ranks_accept_again(u);
     if (u->state == UP_LOADING) show_progress(u);
     if (u->n_stats_wanted > 0 && ep_time_is_past(u->stats_deadline, now)) clients_stats_ready(u);
     if (u->state == UP_DRAINING && ep_time_is_past(u->drain_deadline, now)) {

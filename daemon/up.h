@@ -95,7 +95,7 @@ struct up {
     bool drain_sent;
 
     rank_link *ranks;
-    int n_ranks;
+    int n_ranks, n_strangers; /* strangers: connections without a Hello yet */
 
     client *clients;
     int n_clients, max_clients;
@@ -138,6 +138,7 @@ ep_status job_command(const config *cfg, const char *exe, const char *run_dir, e
 
 /* ranks.c */
 ep_status ranks_listen(up *u, ep_err *err);
+void ranks_accept_again(up *u); /* takes connections if there is room for some */
 void ranks_send(rank_link *r, const Moed__Envelope *e);
 void ranks_reset(up *u); /* before a launch */
 void ranks_drain(up *u);

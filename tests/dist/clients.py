@@ -224,6 +224,23 @@ def test_connections():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_strangers():
+    """Connections that never say who they are do not take the descriptors of clients and ranks."""
+    with Daemon() as d:
+        d.start()
+        pid = d.process.pid
+        before = len(os.listdir(f"/proc/{pid}/fd"))
+        idle = [Client(d.socket + ".ranks") for _ in range(200)]
+        check(d.ctl(*GOOD).returncode == 0, "no answer beside silent connections")
+        taken = len(os.listdir(f"/proc/{pid}/fd")) - before
+        check(taken < 50, f"200 strangers hold {taken} descriptors")
+        for c in idle:
+            c.close()
+        os.kill(d.rank_pids("shard")[0], signal.SIGKILL)
+        d.wait_ready(launches=2)  # ranks still get in
+        d.stop()
+
+
 def test_closed_files():
     """Without standard input, output and error no socket takes their numbers, so no log goes there."""
     with Daemon() as d:
@@ -299,4 +316,4 @@ def test_hangup():
 
 if __name__ == "__main__":
     main([test_numbers, test_unknown_fields, test_never_reads, test_connections, test_many_small, test_not_a_socket,
-          test_two_at_once, test_hangup, test_closed_files])
+          test_two_at_once, test_hangup, test_strangers, test_closed_files])
