@@ -7,7 +7,7 @@ import os
 import struct
 import tempfile
 
-from daemon import DEMO, MICRO, Daemon, check, golden, main, stopped
+from daemon import DEMO, MICRO, Daemon, check, golden, main, stopped, wait_for
 
 
 def requests(longest):
@@ -42,11 +42,7 @@ def run_batch(d, wanted):
     with stopped(routers):
         running = [d.begin("generate", *w) for w in wanted]
         n = len(wanted)
-        for _ in range(400):
-            s = d.status()
-            if s["running"] + s["waiting"] >= n:
-                break
-        check(s["running"] == n, f"{s['running']} of {n} requests reached the routers")
+        wait_for(f"{n} requests to reach the routers", 12, lambda: d.status()["running"] == n)
     answers = [take(p) for p in running]
     after = d.counters("router")
     steps = after["steps"] - before["steps"]

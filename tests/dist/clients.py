@@ -154,11 +154,11 @@ def test_unknown_fields():
         want = d.ctl(*GOOD, "--json").stdout
         with stopped(d.rank_pids("router")):
             first = d.begin(*GOOD)
-            wait_for("one to run", 5, lambda: d.status()["running"] == 1)
+            wait_for("one to run", 20, lambda: d.status()["running"] == 1)
             c = Client(d.socket)
             for _ in range(4):
                 c.send(generate(sampling=sampling() + unknown, more=unknown))
-            wait_for("four to wait", 5, lambda: d.status()["waiting"] == 4)
+            wait_for("four to wait", 20, lambda: d.status()["waiting"] == 4)
             check(d.status()["running"] == 1, "more run than the KV cache holds")
         check(first.wait(timeout=20) == 0, "the first request failed")
         check([c.outcome() for _ in range(4)] == [DONE] * 4, "a request with unknown fields failed")
@@ -218,7 +218,7 @@ def test_connections():
         check(said < 40, f"{said} lines of log in 2 s without a free descriptor")
         for c in idle:
             c.close()
-        wait_for("the daemon to serve again", 10, lambda: d.status(may_fail=True))
+        wait_for("the daemon to serve again", 20, lambda: d.status(may_fail=True))
         check(d.ctl(*GOOD).returncode == 0, "no answer after too many connections")
         d.stop()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -268,7 +268,7 @@ def test_many_small():
         c = Client(d.socket)
         with stopped(d.rank_pids("router")):
             c.send(generate(ids=(79,), max_tokens=1) * 102)
-            wait_for("all to be taken", 5, lambda: sum(d.status()[k] for k in ("running", "waiting")) == 102)
+            wait_for("all to be taken", 20, lambda: sum(d.status()[k] for k in ("running", "waiting")) == 102)
         ends = [c.outcome() for _ in range(102)]
         check(ends == [DONE] * 102, f"{ends.count(FAILED)} of 102 requests failed")
         c.close()

@@ -83,7 +83,7 @@ def with_argument(text):
     for p in pids():
         try:
             with open(f"/proc/{p}/cmdline", "rb") as f:
-                if text.encode() in f.read() and p != os.getpid() and is_running(p):
+                if os.fsencode(text) in f.read() and p != os.getpid() and is_running(p):
                     found.append(p)
         except (FileNotFoundError, ProcessLookupError):
             pass
@@ -111,7 +111,9 @@ def shared_memory():
 
 class Daemon:
     def __init__(self, model=MICRO, routers=1, shards=2, experts=None, folder=None, **keys):
-        """experts: a list of strings, one per shard. keys: kernels, threads, kv_tokens, mpirun, or limits."""
+        """experts: a list of strings, one per shard. keys: kernels, threads, kv_tokens, mpirun, or limits.
+
+        per_layer_ms is long, because tests hold shards, and a busy machine makes a moment long."""
         self.folder = folder or tempfile.mkdtemp(prefix="moed-test.", dir="/tmp")
         self.keeps_folder = folder is not None
         self.config = os.path.join(self.folder, "cluster.yaml")
@@ -134,7 +136,7 @@ class Daemon:
             owns = f', experts: "{experts[i]}"' if experts and experts[i] is not None else ""
             lines.append(f"  - {{threads: {threads}{owns}}}")
         lines.append("limits:")
-        lines += [f"  {k}: {v}" for k, v in {"drain_s": 20, **keys}.items()]
+        lines += [f"  {k}: {v}" for k, v in {"drain_s": 20, "per_layer_ms": 5000, **keys}.items()]
         with open(path, "w") as f:
             f.write("\n".join(lines) + "\n")
 
@@ -164,7 +166,7 @@ class Daemon:
         self.check_nothing_left(pid)
 
     def check_nothing_left(self, pid):
-        wait_for("the ranks to be gone", 2, lambda: not with_argument(self.config))
+        wait_for("the ranks to be gone", 20, lambda: not with_argument(self.config))
         check(not os.path.exists(self.socket), "the socket is left")
         left = [n for n in os.listdir(self.folder) if n.startswith("s")]
         check(not left, f"sockets are left: {left}")

@@ -14,7 +14,7 @@ LONG = ["generate", "--prompt-ids", "79,110,373", "-n", "60", "--ignore-eos", "-
 def begin_running(d, count=1):
     """Requests that are under way for as long as a shard is held."""
     processes = [d.begin(*LONG) for _ in range(count)]
-    wait_for("the requests to run", 10, lambda: d.status()["running"] == count)
+    wait_for("the requests to run", 20, lambda: d.status()["running"] == count)
     return processes
 
 
@@ -32,7 +32,7 @@ def test_drain():
         with stopped(shards[:1]):
             running = begin_running(d, 2)
             d.process.send_signal(signal.SIGTERM)
-            wait_for("the drain to begin", 5, lambda: d.status()["state"] == "draining")
+            wait_for("the drain to begin", 20, lambda: d.status()["state"] == "draining")
             refused = d.ctl("generate", "-p", "late")
             check(refused.returncode == 1 and b"draining" in refused.stderr, f"a late request: {refused}")
             check(all(p.poll() is None for p in running), "a request ended while its shard was held")
@@ -41,7 +41,9 @@ def test_drain():
             check(rc == 0 and '"finish_reason":"length"' in out, f"a request during the drain: {rc} {err}")
         check(d.process.wait(timeout=20) == 0, "moed up did not end with 0")
         d.check_nothing_left(pid)
-        wait_for("shared memory to be as before", 10, lambda: shared_memory() <= before)
+        # Another test may be running: what it made goes away, or bears the number of another daemon.
+        left = {n for n in shared_memory() - before if n.startswith(f"moed.{pid}.") or not n.startswith("moed.")}
+        wait_for(f"{left} to be gone from shared memory", 20, lambda: not left & shared_memory())
 
 
 def test_drain_by_client():
@@ -62,12 +64,12 @@ def test_second_signal():
         with stopped(d.rank_pids("shard")[:1]):
             running = begin_running(d)[0]
             d.process.send_signal(signal.SIGINT)
-            wait_for("the drain to begin", 5, lambda: d.status()["state"] == "draining")
+            wait_for("the drain to begin", 20, lambda: d.status()["state"] == "draining")
             d.process.send_signal(signal.SIGINT)
             start = time.monotonic()
             check(d.process.wait(timeout=20) == 1, "moed up should end with 1")
-            check(time.monotonic() - start < 5, "a second signal took too long")
-            rc, _, err = answer_of(running, 5)
+            check(time.monotonic() - start < 15, "a second signal took as long as a drain")
+            rc, _, err = answer_of(running, 20)
             check(rc == 1 and err, "the running request should have failed")
         d.check_nothing_left(pid)
 
@@ -86,10 +88,10 @@ def lose(kill_whom, must_say):
                 check(rc == 1, f"a running request ended with {rc}")
                 check(must_say in err, f"the error does not say '{must_say}': {err}")
             took = time.monotonic() - start
-            check(took < 5, f"the error took {took:.1f} s")
+            check(took < 12, f"the error took {took:.1f} s: silence found it, not the end of the connection")
         d.wait_ready(launches=2)
         print(f"  error after {took:.2f} s, serving again after {time.monotonic() - start:.1f} s", flush=True)
-        wait_for("the old ranks to be gone", 2, lambda: not any(is_running(p) for p in old))
+        wait_for("the old ranks to be gone", 20, lambda: not any(is_running(p) for p in old))
         check(d.ctl_json(*LONG[:-1])["tokens"] == first, "other tokens after the relaunch")
         check(len(with_argument(d.config)) == 5, "more processes than a job has (daemon, mpirun, three ranks)")
         d.stop()
@@ -114,10 +116,10 @@ def test_waiting_request_survives():
         with stopped(d.rank_pids("shard")):
             running = begin_running(d)[0]
             waiting = d.begin(*LONG)
-            wait_for("the second to wait", 5, lambda: d.status()["waiting"] == 1)
+            wait_for("the second to wait", 20, lambda: d.status()["waiting"] == 1)
             os.kill(d.rank_pids("shard")[0], signal.SIGKILL)
             check(answer_of(running, 20)[0] == 1, "the running request should fail")
-        rc, out, err = answer_of(waiting, 30)
+        rc, out, err = answer_of(waiting, 60)
         check(rc == 0 and '"length"' in out, f"the waiting request: {rc} {err}")
         d.stop()
 
@@ -131,8 +133,8 @@ def test_daemon_killed():
             d.process.kill()
             d.process.wait()
             # A rank that is held dies as well: its death does not need its help.
-            wait_for("ranks and mpirun to be gone", 2, lambda: not any(is_running(p) for p in ranks + [mpirun]))
-        rc, _, err = answer_of(running, 5)
+            wait_for("ranks and mpirun to be gone", 20, lambda: not any(is_running(p) for p in ranks + [mpirun]))
+        rc, _, err = answer_of(running, 20)
         check(rc == 1 and "closed the connection" in err, f"the client of a dead daemon: {rc} {err}")
         # The next daemon takes over the socket and clears what the dead one left.
         d.start()

@@ -4,17 +4,20 @@
 # in /dev/shm is compared with what was there before.
 set -eu
 dir=$(dirname "$0")
-out=$(mktemp)
-trap 'rm -f "$out"' EXIT
-before=$(find /dev/shm -name 'moed-bell-*' | wc -l)
-"$dir/mpirun.sh" 4 --enable-recovery -- "$1" "$2" >"$out" 2>&1 || true
-cat "$out"
-ok=$(grep -c "^rank [0-2]: $2 ok$" "$out" || true)
-# Another test may be starting right now: its segment is gone in a moment, a forgotten one is not.
-for try in 1 2 3 4 5; do
-    after=$(find /dev/shm -name 'moed-bell-*' | wc -l)
-    [ "$after" -gt "$before" ] || break
-    sleep "0.$try"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+segments() { find /dev/shm -name 'moed-bell-*' | sort; }
+segments >"$work/before"
+"$dir/mpirun.sh" 4 --enable-recovery -- "$1" "$2" >"$work/out" 2>&1 || true
+cat "$work/out"
+ok=$(grep -c "^rank [0-2]: $2 ok$" "$work/out" || true)
+# Another test may be starting right now: its segment is gone in a moment, a forgotten one stays.
+segments | comm -13 "$work/before" - >"$work/left"
+for _ in $(seq 100); do
+    [ -s "$work/left" ] || break
+    sleep 0.1
+    segments | comm -12 "$work/left" - >"$work/still"
+    mv "$work/still" "$work/left"
 done
-echo "$ok of 3 survivors finished, $((after - before)) segments left"
-[ "$ok" -eq 3 ] && [ "$after" -le "$before" ]
+echo "$ok of 3 survivors finished, $(wc -l <"$work/left") segments left"
+[ "$ok" -eq 3 ] && [ ! -s "$work/left" ]

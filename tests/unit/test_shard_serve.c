@@ -326,7 +326,7 @@ static void drain(void)
         shard_drain(r->s);
         rig_join(r);
         CHECK_INT(r->served, EP_OK);
-        ep_time give_up = ep_time_after_ms(ep_now(), 2000);
+        ep_time give_up = ep_time_after_ms(ep_now(), 20000);
         while (a.n_answered < 5 && !ep_time_is_past(give_up, ep_now())) {
             net_buf *b;
             while (net_next(a.n, &b) == EP_OK) {
