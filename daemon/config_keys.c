@@ -1,6 +1,6 @@
 /*
  * Every key of the configuration, once: name, type, bounds, default, what it means. The parser, the
- * printers, `moed check --help-keys` and docs/configuration.md come from these rows.
+ * printers, `moed check --keys` and docs/configuration.md come from these rows.
  */
 #include "daemon/config_keys.h"
 

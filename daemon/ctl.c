@@ -48,7 +48,7 @@ bool ctl_send(ctl *c, const Moed__Envelope *e, const void *payload, size_t paylo
 
 bool ctl_receive(ctl *c, proto_frame *f)
 {
-    memmove(c->in.data, c->in.data + c->taken, c->in.len - c->taken);
+    if (c->taken > 0) memmove(c->in.data, c->in.data + c->taken, c->in.len - c->taken);
     c->in.len -= c->taken;
     c->taken = 0;
     for (;;) {

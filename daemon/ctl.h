@@ -31,7 +31,7 @@ typedef struct ctl_options {
     const char *address; /* of the daemon */
     bool json;
     const char *prompt, *prompt_ids, *in_path, *out_path, *path, *path2;
-    int n_threads, n_tokens, n_logprobs, context, layer, chunks;
+    int n_paths, n_threads, n_tokens, n_logprobs, context, layer, chunks;
     bool ignore_eos;
     int deadline_ms;
     Moed__Sampling sampling;
@@ -45,6 +45,9 @@ int ctl_stats(const ctl_options *o);
 int ctl_drain(const ctl_options *o);
 int ctl_inspect(const ctl_options *o);
 int ctl_pack(const ctl_options *o);
+
+/* ctl_show.c: bytes as a string of JSON (jansson's); what is no UTF-8 becomes U+FFFD. */
+struct json_t *ctl_json_text(const void *bytes, size_t n);
 
 /* ctl_npy.c: arrays of rows x columns in NumPy's format, little-endian f4, or bfloat16 as two raw
  * bytes (descr "<V2", what ml_dtypes writes) or u2. Returns false with a message. *values is

@@ -4,6 +4,7 @@
  */
 #include "daemon/ctl.h"
 
+#include <jansson.h>
 #include <string.h>
 
 enum { ROWS_PER_MESSAGE = 4096 };
@@ -66,6 +67,16 @@ static bool forward_rows(ctl *c, const ctl_options *o, ctl_array *a, uint64_t fi
     return ok;
 }
 
+static void print_object(const ctl_options *o, const ctl_array *a)
+{
+    json_t *obj =
+        json_pack("{s:i, s:I, s:I, s:o}", "layer", o->layer, "rows", (json_int_t)a->rows, "hidden",
+                  (json_int_t)a->columns, "out", ctl_json_text(o->out_path, strlen(o->out_path)));
+    json_dumpf(obj, stdout, JSON_COMPACT);
+    printf("\n");
+    json_decref(obj);
+}
+
 int ctl_forward(const ctl_options *o)
 {
     char address[256];
@@ -73,7 +84,7 @@ int ctl_forward(const ctl_options *o)
     ctl_array a = {0};
     ctl c = {.fd = -1};
     int rc = 2;
-    if (o->layer < 0 || o->in_path == NULL || o->out_path == NULL || o->path != NULL) {
+    if (o->layer < 0 || o->in_path == NULL || o->out_path == NULL) {
         fprintf(stderr, "moectl: give --layer L --in X.npy --out Y.npy\n");
         return 2;
     }
@@ -98,9 +109,7 @@ int ctl_forward(const ctl_options *o)
         if (!forward_rows(&c, o, &a, at, rows)) rc = 1;
     }
     if (rc == 0 && !ctl_npy_write(o->out_path, &a)) rc = 2;
-    if (rc == 0 && o->json)
-        printf("{\"layer\":%d,\"rows\":%llu,\"hidden\":%u,\"out\":\"%s\"}\n", o->layer,
-               (unsigned long long)a.rows, hidden, o->out_path);
+    if (rc == 0 && o->json) print_object(o, &a);
 done:
     ctl_close(&c);
     ep_free(a.values);

@@ -71,27 +71,6 @@ static void take_token(answer *a, const Moed__Token *t)
     take_text(a, &t->text);
 }
 
-/* Bytes as JSON text: what is no UTF-8 becomes U+FFFD. */
-static json_t *json_bytes(const uint8_t *p, size_t n)
-{
-    ep_buf out = {0};
-    for (size_t i = 0; i < n;) {
-        size_t len = 1;
-        json_t *probe = NULL;
-        for (size_t l = 1; l <= 4 && i + l <= n && probe == NULL; l++) {
-            probe = json_stringn((const char *)p + i, l);
-            len = probe != NULL ? l : 1;
-        }
-        (void)ep_buf_add(&out, probe != NULL ? (const char *)p + i : "\xef\xbf\xbd",
-                         probe != NULL ? len : 3);
-        json_decref(probe);
-        i += len;
-    }
-    json_t *s = json_stringn(out.len > 0 ? (const char *)out.data : "", out.len);
-    ep_buf_fini(&out);
-    return s;
-}
-
 static void print_object(const ctl_options *o, const answer *a, const Moed__Done *d)
 {
     double decode_s = (double)d->decode_ns / 1e9;
@@ -103,7 +82,7 @@ static void print_object(const ctl_options *o, const answer *a, const Moed__Done
         d->prefill_ns > 0 ? (double)d->n_prompt / ((double)d->prefill_ns / 1e9) : 0.0,
         "decode_tokens_per_s", steps > 0 && decode_s > 0 ? (double)steps / decode_s : 0.0);
     json_t *obj = json_pack("{s:i, s:O, s:o, s:s, s:o}", "prompt_tokens", (int)d->n_prompt,
-                            "tokens", a->tokens, "text", json_bytes(a->text.data, a->text.len),
+                            "tokens", a->tokens, "text", ctl_json_text(a->text.data, a->text.len),
                             "finish_reason", d->finish, "timings", timings);
     if (o->n_logprobs > 0) json_object_set(obj, "logprobs", a->logprobs);
     json_dumpf(obj, stdout, JSON_COMPACT | JSON_REAL_PRECISION(17));
@@ -157,10 +136,6 @@ int ctl_generate(const ctl_options *o)
     Moed__Envelope e = MOED__ENVELOPE__INIT;
     int32_t *ids = NULL;
     size_t n_ids = 0;
-    if (o->path != NULL) {
-        fprintf(stderr, "moectl: unexpected argument '%s' (the prompt is -p TEXT)\n", o->path);
-        return 2;
-    }
     if ((o->prompt != NULL) == (o->prompt_ids != NULL)) {
         fprintf(stderr, "moectl: give either -p TEXT or --prompt-ids 1,2,3\n");
         return 2;

@@ -53,7 +53,10 @@ static bool parse_header(const char *path, const char *header, ctl_array *out)
     if (end == shape + 1 || *end != ',') return refuse(path, "its shape is not [rows, hidden]");
     const char *second = end + 1;
     out->columns = strtoull(second, &end, 10);
-    if (end == second || (*end != ')' && *end != ',') || out->rows == 0 || out->columns == 0)
+    bool two = end != second;
+    if (*end == ',') end++; /* "(3, 64,)" is two dimensions as well */
+    end += strspn(end, " ");
+    if (!two || *end != ')' || out->rows == 0 || out->columns == 0)
         return refuse(path, "its shape is not [rows, hidden]");
     return true;
 }

@@ -19,6 +19,32 @@ static void dump(json_t *obj)
     json_decref(obj);
 }
 
+json_t *ctl_json_text(const void *bytes, size_t n)
+{
+    const char *p = bytes;
+    ep_buf out = {0};
+    for (size_t i = 0; i < n;) {
+        size_t len = 1;
+        json_t *probe = NULL;
+        for (size_t l = 1; l <= 4 && i + l <= n && probe == NULL; l++) {
+            probe = json_stringn(p + i, l);
+            len = probe != NULL ? l : 1;
+        }
+        (void)ep_buf_add(&out, probe != NULL ? p + i : "\xef\xbf\xbd", probe != NULL ? len : 3);
+        json_decref(probe);
+        i += len;
+    }
+    json_t *s = json_stringn(out.len > 0 ? (const char *)out.data : "", out.len);
+    ep_buf_fini(&out);
+    return s;
+}
+
+/* A path or a name from a file may hold any bytes. */
+static json_t *words(const char *s)
+{
+    return ctl_json_text(s, strlen(s));
+}
+
 static json_t *integer(uint64_t v)
 {
     return json_integer((json_int_t)v);
@@ -33,22 +59,22 @@ static void status_json(const Moed__Status *s)
         const Moed__RankStatus *r = s->ranks[i];
         json_array_append_new(
             ranks,
-            json_pack("{s:i, s:s, s:s, s:s, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:s, s:s, s:i}",
-                      "rank", (int)r->rank, "role", r->role, "name", r->name, "host", r->host,
-                      "pid", integer(r->pid), "state", r->state, "describe", r->describe,
-                      "done_bytes", integer(r->done_bytes), "all_bytes", integer(r->all_bytes),
-                      "weight_bytes", integer(r->weight_bytes), "rss_bytes", integer(r->rss_bytes),
-                      "experts", r->experts, "data_address", r->data_address, "running",
-                      (int)r->running));
+            json_pack("{s:i, s:s, s:o, s:o, s:o, s:s, s:o, s:o, s:o, s:o, s:o, s:s, s:o, s:i}",
+                      "rank", (int)r->rank, "role", r->role, "name", words(r->name), "host",
+                      words(r->host), "pid", integer(r->pid), "state", r->state, "describe",
+                      words(r->describe), "done_bytes", integer(r->done_bytes), "all_bytes",
+                      integer(r->all_bytes), "weight_bytes", integer(r->weight_bytes), "rss_bytes",
+                      integer(r->rss_bytes), "experts", r->experts, "data_address",
+                      words(r->data_address), "running", (int)r->running));
     }
     dump(json_pack(
-        "{s:s, s:s, s:s, s:s, s:i, s:i, s:o, s:o, s:o, s:o, s:{s:i, s:i, s:i, s:i, s:i, s:i}, s:o}",
-        "version", s->version, "state", s->state, "model", s->model, "model_name", s->model_name,
-        "running", (int)s->running, "waiting", (int)s->waiting, "completed", integer(s->completed),
-        "failed", integer(s->failed), "launches", integer(s->launches), "uptime_ms",
-        integer(s->uptime_ms), "shape", "vocab", (int)s->vocab, "context", (int)s->context,
-        "layers", (int)s->n_layers, "experts", (int)s->n_experts, "top_k", (int)s->top_k, "hidden",
-        (int)s->hidden, "ranks", ranks));
+        "{s:s, s:s, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:{s:i, s:i, s:i, s:i, s:i, s:i}, s:o}",
+        "version", s->version, "state", s->state, "model", words(s->model), "model_name",
+        words(s->model_name), "running", (int)s->running, "waiting", (int)s->waiting, "completed",
+        integer(s->completed), "failed", integer(s->failed), "launches", integer(s->launches),
+        "uptime_ms", integer(s->uptime_ms), "shape", "vocab", (int)s->vocab, "context",
+        (int)s->context, "layers", (int)s->n_layers, "experts", (int)s->n_experts, "top_k",
+        (int)s->top_k, "hidden", (int)s->hidden, "ranks", ranks));
 }
 
 static void status_text(const Moed__Status *s)
@@ -141,10 +167,10 @@ static void stats_json(const Moed__Stats *s)
                                             integer(r->experts[j]->rows)));
         for (size_t j = 0; j < r->n_counters; j++)
             json_object_set_new(counters, r->counters[j]->name, integer(r->counters[j]->value));
-        json_array_append_new(ranks, json_pack("{s:i, s:s, s:s, s:s, s:o, s:o, s:o}", "rank",
-                                               (int)r->rank, "role", r->role, "name", r->name,
-                                               "describe", r->describe, "layers", layers, "experts",
-                                               experts, "counters", counters));
+        json_array_append_new(
+            ranks, json_pack("{s:i, s:s, s:o, s:o, s:o, s:o, s:o}", "rank", (int)r->rank, "role",
+                             r->role, "name", words(r->name), "describe", words(r->describe),
+                             "layers", layers, "experts", experts, "counters", counters));
     }
     dump(json_pack("{s:o}", "ranks", ranks));
 }

@@ -207,7 +207,7 @@ static error_t parse_verb(int key, char *value, struct argp_state *state)
         o->out_path = value;
         break;
     case ARGP_KEY_ARG:
-        if (o->path2 != NULL) argp_error(state, "unexpected argument '%s'", value);
+        if ((int)state->arg_num >= o->n_paths) argp_error(state, "unexpected argument '%s'", value);
         *(o->path == NULL ? &o->path : &o->path2) = value;
         break;
     default:
@@ -218,43 +218,52 @@ static error_t parse_verb(int key, char *value, struct argp_state *state)
 
 static const struct verb {
     const char *name;
+    int n_paths; /* arguments that are no options */
     int (*run)(const ctl_options *o);
     struct argp argp;
 } verbs[] = {
     {"generate",
+     0,
      ctl_generate,
      {generate_options, parse_verb, NULL, "Streams text that continues a prompt.", children, NULL,
       NULL}},
     {"perplexity",
+     1,
      ctl_perplexity,
      {perplexity_options, parse_verb, "FILE",
       "Perplexity over a text: chunks of --ctx tokens, nothing carried over, second half of each "
       "scored.",
       children, NULL, NULL}},
     {"forward",
+     0,
      ctl_forward,
      {forward_options, parse_verb, NULL,
       "One MoE layer (gate, experts, combine) on given hidden states, "
       "through the router's data address.",
       children, NULL, NULL}},
     {"status",
+     0,
      ctl_status,
      {no_options, parse_verb, NULL, "State of the daemon and its ranks.", children, NULL, NULL}},
     {"stats",
+     0,
      ctl_stats,
      {no_options, parse_verb, NULL,
       "Counters per layer, shard and expert: rows, bytes, phase times.", children, NULL, NULL}},
     {"drain",
+     0,
      ctl_drain,
      {no_options, parse_verb, NULL, "Lets running requests end, then stops the daemon.", children,
       NULL, NULL}},
     {"inspect",
+     1,
      ctl_inspect,
      {no_options, parse_verb, "MODEL",
       "What a model (GGUF file, safetensors file, index or folder) holds and what would refuse it; "
       "needs no daemon.",
       children, NULL, NULL}},
     {"pack",
+     2,
      ctl_pack,
      {pack_options, parse_verb, "MODEL OUT",
       "Packs every expert once into a file that shards map at start (`packed:` of the "
@@ -303,7 +312,8 @@ int main(int argc, char **argv)
     }
     for (size_t i = 0; i < sizeof(verbs) / sizeof(verbs[0]); i++) {
         if (strcmp(argv[1], verbs[i].name) != 0) continue;
-        ctl_options o = {.address = address, .n_tokens = 128, .layer = -1};
+        ctl_options o = {
+            .address = address, .n_paths = verbs[i].n_paths, .n_tokens = 128, .layer = -1};
         char name[32];
         moed__sampling__init(&o.sampling);
         o.sampling.top_p = o.sampling.repetition_penalty = 1.0f;

@@ -9,7 +9,8 @@ import struct
 import subprocess
 import time
 
-from daemon import MOED, Daemon, check, die_with_parent, main, stopped, wait_for
+from daemon import MICRO, MOED, Daemon, check, die_with_parent, main, stopped, wait_for
+from refuse import write_npy
 
 GOOD = ["generate", "--prompt-ids", "79,110,373", "-n", "8", "--ignore-eos"]
 BIG = (0, 1, 2**31 - 1, 2**31, 2**32 - 1)
@@ -241,6 +242,30 @@ def test_strangers():
         d.stop()
 
 
+def test_any_bytes():
+    """Names and paths that are no UTF-8, or hold quotes, still give JSON."""
+    with Daemon() as d:
+        folder = os.fsencode(d.folder) + b"/\xff\"'\\"
+        os.mkdir(folder)
+        with open(MICRO, "rb") as f:
+            model = f.read()
+        name = b"tinymoe"
+        check(name in model, "the model has another name")
+        with open(folder + b"/m.gguf", "wb") as f:
+            f.write(model.replace(name, b"tiny\xff\xfe\xc3"))
+        with open(d.config) as f, open(folder + b"/c.yaml", "w") as g:
+            g.write(f.read().replace(MICRO, "m.gguf"))
+        d.config = os.fsdecode(folder + b"/c.yaml")
+        d.start()
+        s = d.status()
+        check(s["model_name"].startswith("tiny\ufffd\ufffd\ufffd "), f"the name is {s['model_name']}")
+        check(s["model"].endswith("/\ufffd\"'\\/m.gguf"), f"the path is {s['model']}")
+        x, y = os.path.join(d.folder, "x.npy"), os.fsdecode(folder + b"/y.npy")
+        write_npy(x, 1, 64)
+        check(d.ctl_json("forward", "--layer", 0, "--in", x, "--out", y)["out"].endswith("\"'\\/y.npy"), "the path of a result")
+        d.stop()
+
+
 def test_closed_files():
     """Without standard input, output and error no socket takes their numbers, so no log goes there."""
     with Daemon() as d:
@@ -316,4 +341,4 @@ def test_hangup():
 
 if __name__ == "__main__":
     main([test_numbers, test_unknown_fields, test_never_reads, test_connections, test_many_small, test_not_a_socket,
-          test_two_at_once, test_hangup, test_strangers, test_closed_files])
+          test_two_at_once, test_hangup, test_strangers, test_any_bytes, test_closed_files])
