@@ -205,7 +205,9 @@ void clients_stats_ready(up *u)
 {
     Moed__Stats m = MOED__STATS__INIT;
     Moed__Envelope e = MOED__ENVELOPE__INIT;
-    m.n_ranks = (size_t)u->n_stats;
+    for (int i = 0; i < u->n_ranks; i++) /* in their order, however they answered */
+        if (u->stats_frames[i].envelope != NULL)
+            u->stats[m.n_ranks++] = u->stats_frames[i].envelope->rank_stats;
     m.ranks = u->stats;
     e.body_case = MOED__ENVELOPE__BODY_STATS;
     e.stats = &m;

@@ -128,8 +128,7 @@ static bool on_stats(rank_link *r, proto_frame *f)
     up *u = r->u;
     if (u->n_stats_wanted == 0 || u->stats_frames[r->rank].envelope != NULL) return false;
     u->stats_frames[r->rank] = *f;
-    u->stats[u->n_stats++] = f->envelope->rank_stats;
-    if (u->n_stats == u->n_stats_wanted) clients_stats_ready(u);
+    if (++u->n_stats == u->n_stats_wanted) clients_stats_ready(u);
     return true;
 }
 

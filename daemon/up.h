@@ -105,9 +105,9 @@ struct up {
     int n_waiting, n_running;
     uint64_t next_request, completed, failed;
 
-    uint64_t stats_round;    /* of the query under way */
-    Moed__RankStats **stats; /* [n_ranks], NULL until answered; kept frames below */
-    proto_frame *stats_frames;
+    uint64_t stats_round;      /* of the query under way */
+    Moed__RankStats **stats;   /* [n_ranks], room for an answer */
+    proto_frame *stats_frames; /* [n_ranks], without an envelope until answered */
     int n_stats, n_stats_wanted;
     ep_time stats_deadline;
 };

@@ -238,6 +238,7 @@ def test_statistics():
         d.start()
         r = d.ctl_json("generate", "-p", "Once upon a time", "-n", n, "--ignore-eos")
         s = d.ctl_json("stats")["ranks"]
+        check([x["rank"] for x in s] == [0, 1, 2], f"ranks are answered for as {[x['rank'] for x in s]}")
         router = next(x for x in s if x["role"] == "router")
         shards = [x for x in s if x["role"] == "shard"]
         check(len(shards) == 2, f"{len(shards)} shards answered")
