@@ -25,6 +25,7 @@ typedef struct reader {
     ep_err *err;
     size_t err_len;
     int n_errors;
+    yaml_node_t socket_at, control_at; /* only their marks: judged when all is read */
 } reader;
 
 static void complain(reader *r, const yaml_node_t *node, const char *fmt, ...)
@@ -132,6 +133,8 @@ static void set_value(reader *r, const config_key *k, const char *path, const ya
         complain(r, n, "'%s' must be one of %s, got '%s'", path, k->choices, text_of(n));
     } else {
         *s = keep(r, text_of(n), n->data.scalar.length);
+        if (s == &r->c->front.socket) r->socket_at = *n;
+        if (s == &r->c->front.control) r->control_at = *n;
     }
 }
 
@@ -258,7 +261,10 @@ static void read_ranks(reader *r, const config_section *s, const yaml_node_t *li
         ranks[i] = (config_rank){0};
         config_defaults(s, &ranks[i]);
         ranks[i].name = keep(r, name, strlen(name));
-        if (item != NULL) read_section(r, s, path, item, &ranks[i]);
+        if (item == NULL) continue;
+        ranks[i].line = item->start_mark.line;
+        ranks[i].column = item->start_mark.column;
+        read_section(r, s, path, item, &ranks[i]);
     }
     *out = ranks;
     *n_out = (int)n;
@@ -296,6 +302,12 @@ static void read_top(reader *r, const yaml_node_t *root)
 
 /* ---- what a key alone cannot tell ---- */
 
+/* A node at the place of a rank's entry, for complaints. */
+static yaml_node_t rank_node(const config_rank *rank)
+{
+    return (yaml_node_t){.start_mark = {.line = rank->line, .column = rank->column}};
+}
+
 static void check_ranks(reader *r)
 {
     config *c = r->c;
@@ -304,23 +316,26 @@ static void check_ranks(reader *r)
     if (c->n_shards == 0) complain(r, NULL, "'shards' needs at least one entry");
     for (int i = 0; i < n; i++) {
         const config_rank *a = config_rank_at(c, i);
+        const yaml_node_t at = rank_node(a);
         for (int j = 0; j < i; j++)
             if (strcmp(a->name, config_rank_at(c, j)->name) == 0)
-                complain(r, NULL, "two ranks are called '%s'", a->name);
+                complain(r, &at, "two ranks are called '%s'", a->name);
         if (config_is_router(c, i) && strcmp(a->device, "cpu") != 0)
-            complain(r, NULL, "router '%s': device '%s' is not implemented, only cpu", a->name,
+            complain(r, &at, "router '%s': device '%s' is not implemented, only cpu", a->name,
                      a->device);
         bool cuda = strncmp(a->device, "cuda:", 5) == 0 && a->device[5] != '\0' &&
                     strspn(a->device + 5, "0123456789") == strlen(a->device + 5);
         if (!cuda && strcmp(a->device, "cpu") != 0 && strcmp(a->device, "auto") != 0)
-            complain(r, NULL, "'%s': device must be cpu, cuda:N or auto, got '%s'", a->name,
+            complain(r, &at, "'%s': device must be cpu, cuda:N or auto, got '%s'", a->name,
                      a->device);
     }
     if (strcmp(c->placement.strategy, "explicit") == 0)
-        for (int i = 0; i < c->n_shards; i++)
+        for (int i = 0; i < c->n_shards; i++) {
+            const yaml_node_t at = rank_node(&c->shards[i]);
             if (c->shards[i].experts == NULL)
-                complain(r, NULL, "placement is explicit, but shard '%s' has no 'experts'",
+                complain(r, &at, "placement is explicit, but shard '%s' has no 'experts'",
                          c->shards[i].name);
+        }
 }
 
 /* Relative paths are relative to the file's folder: ranks start anywhere. */
@@ -362,8 +377,10 @@ static void resolve(reader *r)
         config_default_socket(text, sizeof(text));
         c->front.socket = keep(r, text, strlen(text));
     }
+    c->front.socket = beside_file(r, c->front.socket);
     if (strlen(c->front.socket) > 90)
-        complain(r, NULL, "'front.socket' is longer than a Unix socket's path may be (90)");
+        complain(r, &r->socket_at,
+                 "'front.socket' is longer than a Unix socket's path may be (90)");
     if (c->front.control == NULL) {
         if (!config_is_local(c)) {
             complain(r, NULL,
@@ -375,7 +392,7 @@ static void resolve(reader *r)
         c->front.control = keep(r, text, strlen(text));
     } else if (strncmp(c->front.control, "unix:", 5) != 0 &&
                strncmp(c->front.control, "tcp:", 4) != 0) {
-        complain(r, NULL, "'front.control' must be unix:PATH or tcp:HOST:PORT, got '%s'",
+        complain(r, &r->control_at, "'front.control' must be unix:PATH or tcp:HOST:PORT, got '%s'",
                  c->front.control);
     }
 }

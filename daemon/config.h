@@ -12,6 +12,7 @@ typedef struct config_rank {
     int threads;
     int kv_tokens;       /* routers */
     const char *experts; /* shards: "0-3,8", or NULL: left to the placement */
+    size_t line, column; /* of its entry in the file, from 0; no key */
 } config_rank;
 
 typedef struct config {

@@ -59,6 +59,11 @@ static void test_defaults(void)
     CHECK_INT(c->limits.deadline_s, 120);
     CHECK_STR(c->placement.strategy, "balanced");
     config_close(c);
+    c = good("model: m.gguf\nfront: {socket: run/s}\nrouters: [{}]\nshards: [{}]\n");
+    if (c == NULL) return;
+    CHECK_STR(c->front.socket, "/etc/moed/run/s"); /* wherever moectl -c is called */
+    CHECK_STR(c->front.control, "unix:/etc/moed/run/s.ranks");
+    config_close(c);
     config_close(NULL);
 }
 
