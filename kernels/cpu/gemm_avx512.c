@@ -25,36 +25,34 @@ typedef struct job {
     size_t ldy;
     const uint8_t *panel;
     const kern_rows *a;
-    int r, n;   /* the group: rows r .. r+n-1 */
-    int row[8]; /* the row behind each place of the group; past n the last one again */
+    int r; /* the group's first row */
 } job;
 
 X_INLINE const int8_t *row_q(const job *j, int i)
 {
-    return j->a->q + (size_t)j->row[i] * j->a->ldq;
+    return j->a->q + (size_t)(j->r + i) * j->a->ldq;
 }
 
 X_INLINE const float *row_scale(const job *j, int i)
 {
-    return j->a->scale + (size_t)j->row[i] * j->a->lds;
+    return j->a->scale + (size_t)(j->r + i) * j->a->lds;
 }
 
 X_INLINE const int16_t *row_sum16(const job *j, int i)
 {
-    return j->a->sum16 + (size_t)j->row[i] * j->a->ldsum;
+    return j->a->sum16 + (size_t)(j->r + i) * j->a->ldsum;
 }
 
 X_INLINE const int16_t *row_sum32(const job *j, int i)
 {
-    return j->a->sum32 + (size_t)j->row[i] * j->a->ldsum;
+    return j->a->sum32 + (size_t)(j->r + i) * j->a->ldsum;
 }
 
 X_INLINE void store_rows(const job *j, const __m512 *acc, const int rows)
 {
     X_UNROLL
-    for (int i = 0; i < rows; i++) {
-        if (i < j->n) _mm512_storeu_ps(j->y + (size_t)j->row[i] * j->ldy, acc[i]);
-    }
+    for (int i = 0; i < rows; i++)
+        _mm512_storeu_ps(j->y + (size_t)(j->r + i) * j->ldy, acc[i]);
 }
 
 /* s[i] += w . x[i], x pointing at the 32 activations, `at` at the four that meet w. With eight rows
@@ -238,7 +236,7 @@ X_INLINE void rows_float(const job *j, const int rows, const bool half)
     __m512 acc[8];
     X_UNROLL
     for (int i = 0; i < rows; i++) {
-        x[i] = j->a->x + (size_t)j->row[i] * j->a->ldx;
+        x[i] = j->a->x + (size_t)(j->r + i) * j->a->ldx;
         acc[i] = _mm512_setzero_ps();
     }
     for (int k = 0; k < j->a->k; k++, p += half ? 32 : 64) {
@@ -266,7 +264,7 @@ X_INLINE void rows_bf16(const job *j, const int rows)
         __m512 e[8], o[8];
         X_UNROLL
         for (int i = 0; i < rows; i++) {
-            const __m512i x = x_load(j->a->h + (size_t)j->row[i] * j->a->ldh + 32 * (size_t)b);
+            const __m512i x = x_load(j->a->h + (size_t)(j->r + i) * j->a->ldh + 32 * (size_t)b);
             _mm512_store_si512(xe[i], _mm512_slli_epi32(x, 16));
             _mm512_store_si512(xo[i], _mm512_and_si512(x, upper));
             e[i] = o[i] = _mm512_setzero_ps();
@@ -303,26 +301,36 @@ X_INLINE void rows_any(const job *j, const int rows, const int type)
         rows_flat(j, rows, type);
 }
 
-/* Groups of eight. Five to seven rows go as eight too, which costs less than two passes. */
+/* Groups of eight, and one of what is left. */
 X_INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a,
                        const int type)
 {
-    job j = {.y = y, .ldy = ldy, .panel = panel, .a = a};
-    for (; j.r < a->m; j.r += j.n) {
-        const int left = a->m - j.r;
-        j.n = left < 8 ? left : 8;
-        for (int i = 0; i < 8; i++)
-            j.row[i] = j.r + (i < j.n ? i : j.n - 1);
-        if (j.n > 4)
-            rows_any(&j, 8, type);
-        else if (j.n == 4)
+    for (job j = {.y = y, .ldy = ldy, .panel = panel, .a = a}; j.r < a->m; j.r += 8) {
+        switch (a->m - j.r) {
+        case 7:
+            rows_any(&j, 7, type);
+            break;
+        case 6:
+            rows_any(&j, 6, type);
+            break;
+        case 5:
+            rows_any(&j, 5, type);
+            break;
+        case 4:
             rows_any(&j, 4, type);
-        else if (j.n == 3)
+            break;
+        case 3:
             rows_any(&j, 3, type);
-        else if (j.n == 2)
+            break;
+        case 2:
             rows_any(&j, 2, type);
-        else
+            break;
+        case 1:
             rows_any(&j, 1, type);
+            break;
+        default:
+            rows_any(&j, 8, type);
+        }
     }
 }
 

@@ -10,13 +10,13 @@
 #define X_FAR /* processors with VDPBF16PS and without AMX are AMD's; 512 rows: 72 ms, 78 near */
 #include "kernels/cpu/x512.h"
 
-/* The rows of a group: the row behind each place, past n the last one again. */
+/* What the groups of rows have in common. */
 typedef struct job {
     float *y;
     size_t ldy;
     const uint8_t *panel;
     const kern_rows *a;
-    int n, row[8];
+    int r; /* the group's first row */
 } job;
 
 /* 32 activations as pairs of a chain: lane 2i holds 4i above 4i + 2, lane 2i + 1 their successors.
@@ -38,16 +38,18 @@ X_INLINE void rows_bf16(const job *j, const int rows)
     const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000U);
     const uint8_t *p = j->panel;
     _Alignas(64) uint32_t x[8][16];
+    const uint16_t *h[8];
     __m512 acc[8];
     X_UNROLL
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++) {
+        h[i] = j->a->h + (size_t)(j->r + i) * j->a->ldh;
         acc[i] = _mm512_setzero_ps();
+    }
     for (int b = 0; b < blocks; b++) {
         __m512 e[8], o[8];
         X_UNROLL
         for (int i = 0; i < rows; i++) {
-            const uint16_t *h = j->a->h + (size_t)j->row[i] * j->a->ldh + 32 * (size_t)b;
-            _mm512_store_si512(x[i], chain_pairs(x_load(h)));
+            _mm512_store_si512(x[i], chain_pairs(x_load(h[i] + 32 * (size_t)b)));
             e[i] = o[i] = _mm512_setzero_ps();
         }
         for (int t = 0; t < 8; t++, p += 128) {
@@ -66,29 +68,46 @@ X_INLINE void rows_bf16(const job *j, const int rows)
             acc[i] = _mm512_add_ps(acc[i], _mm512_add_ps(e[i], o[i]));
     }
     X_UNROLL
-    for (int i = 0; i < rows; i++) {
-        if (i < j->n) _mm512_storeu_ps(j->y + (size_t)j->row[i] * j->ldy, acc[i]);
-    }
+    for (int i = 0; i < rows; i++)
+        _mm512_storeu_ps(j->y + (size_t)(j->r + i) * j->ldy, acc[i]);
+}
+
+/* A function of its own: inlined beside the others the compiler keeps fewer sums in registers. */
+static __attribute__((noinline)) void eight_rows(const job *j)
+{
+    rows_bf16(j, 8);
 }
 
 static void bf16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
     const unsigned saved = _mm_getcsr();
     _mm_setcsr(saved | 0x8040); /* FTZ, DAZ for the additions too */
-    job j = {.y = y, .ldy = ldy, .panel = panel, .a = a};
-    for (int r = 0; r < a->m; r += j.n) {
-        const int left = a->m - r;
-        j.n = left < 8 ? left : 8;
-        for (int i = 0; i < 8; i++)
-            j.row[i] = r + (i < j.n ? i : j.n - 1);
-        if (j.n > 4)
-            rows_bf16(&j, 8);
-        else if (j.n > 2)
+    for (job j = {.y = y, .ldy = ldy, .panel = panel, .a = a}; j.r < a->m; j.r += 8) {
+        switch (a->m - j.r) {
+        case 7:
+            rows_bf16(&j, 7);
+            break;
+        case 6:
+            rows_bf16(&j, 6);
+            break;
+        case 5:
+            rows_bf16(&j, 5);
+            break;
+        case 4:
             rows_bf16(&j, 4);
-        else if (j.n == 2)
+            break;
+        case 3:
+            rows_bf16(&j, 3);
+            break;
+        case 2:
             rows_bf16(&j, 2);
-        else
+            break;
+        case 1:
             rows_bf16(&j, 1);
+            break;
+        default:
+            eight_rows(&j);
+        }
     }
     _mm_setcsr(saved);
 }
