@@ -29,6 +29,7 @@
 #define RUNG_SPIN_NS     1000000 /* after a bell: the message may be some way behind it */
 #define NAP_MIN_NS       1000
 #define NAP_MAX_NS       100000
+#define NAP_START_NS     1000000
 #define N_YIELDS         200 /* polls that only yield before the naps start */
 #define N_LAST_LOOKS     10  /* Open MPI looks at its sockets in every 8th poll */
 #define FINALIZE_LIMIT_S 5
@@ -89,11 +90,24 @@ ep_status net_mpi_start(int *rank, int *n_ranks, ep_err *err)
     return EP_OK;
 }
 
+/* The end of a collective of the start. Others may be loading for minutes, and may need this
+ * processor for it: MPI's own wait would not leave it to them. */
+static ep_status await_all(int started_as, MPI_Request *request)
+{
+    int done = 0;
+    while (started_as == MPI_SUCCESS && !done) {
+        if (MPI_Test(request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) return EP_ERR_IO;
+        if (!done) nanosleep(&(struct timespec){.tv_nsec = NAP_START_NS}, NULL);
+    }
+    return started_as == MPI_SUCCESS ? EP_OK : EP_ERR_IO;
+}
+
 ep_status net_mpi_allgather(const void *mine, size_t n, void *out)
 {
     if (n > INT32_MAX) return EP_ERR_TOO_LARGE;
-    int r = MPI_Allgather(mine, (int)n, MPI_BYTE, out, (int)n, MPI_BYTE, MPI_COMM_WORLD);
-    return r == MPI_SUCCESS ? EP_OK : EP_ERR_IO;
+    MPI_Request request;
+    int r = MPI_Iallgather(mine, (int)n, MPI_BYTE, out, (int)n, MPI_BYTE, MPI_COMM_WORLD, &request);
+    return await_all(r, &request);
 }
 
 /* The work is done and only MPI's own goodbye hangs: ending here is the clean end. */
@@ -543,7 +557,12 @@ static ep_status open_bell(mpi_net *m, ep_status mine, ep_err *err)
             status = ep_fail(err, EP_ERR_PEER_LOST, "transport: rank %d could not open it", i);
     if (status != EP_OK) goto done;
     bell_share(m->bell, cards);
-    MPI_Barrier(MPI_COMM_WORLD);
+    MPI_Request barrier;
+    int r = MPI_Ibarrier(MPI_COMM_WORLD, &barrier);
+    if (await_all(r, &barrier) != EP_OK) {
+        status = ep_fail(err, EP_ERR_IO, "transport: MPI_Ibarrier failed");
+        goto done;
+    }
     int32_t owner = bell_join(m->bell, cards);
     net_mpi_allgather(&owner, sizeof(owner), joined);
     status = bell_connect(m->bell, cards, joined, err);
