@@ -189,12 +189,24 @@ static void read_rope(hf_reader *r, const model_json *o, model_shape *s)
     s->rope_base = hf_get_real(r, from, "rope_theta", 10000.0, 1.0, 1e12);
 }
 
+/* transformers 5 writes num_local_experts, older ones num_experts. */
+static int read_experts(hf_reader *r, const model_json *o)
+{
+    bool newer = model_json_member(o, "num_experts") == NULL &&
+                 model_json_member(o, "num_local_experts") != NULL;
+    int n = hf_get_dim(r, o, newer ? "num_local_experts" : "num_experts", 0, MODEL_MAX_EXPERTS);
+    int64_t local = hf_get_int(r, o, "num_local_experts", n);
+    if (local != n)
+        hf_refuse(r, EP_ERR_INVALID, "num_experts is %d, but num_local_experts %" PRId64, n, local);
+    return n;
+}
+
 static void read_shape(hf_reader *r, const model_json *o, model_shape *s)
 {
     char fault[160];
     snprintf(s->arch, sizeof(s->arch), "qwen3moe");
     s->n_layers = hf_get_dim(r, o, "num_hidden_layers", 0, MODEL_MAX_LAYERS);
-    s->n_experts = hf_get_dim(r, o, "num_experts", 0, MODEL_MAX_EXPERTS);
+    s->n_experts = read_experts(r, o);
     s->top_k = hf_get_dim(r, o, "num_experts_per_tok", 0, MODEL_MAX_TOP_K);
     s->hidden = hf_get_dim(r, o, "hidden_size", 0, MODEL_MAX_DIM);
     s->inter = hf_get_dim(r, o, "moe_intermediate_size", 0, MODEL_MAX_DIM);

@@ -159,6 +159,9 @@ static const edit config_edits[] = {
     {HF_CONFIG, "num_hidden_layers", "-5", BAD, "num_hidden_layers is -5"},
     {HF_CONFIG, "num_hidden_layers", "2.0", BAD, "num_hidden_layers is no whole number"},
     {HF_CONFIG, "num_experts", "1000000000", BAD, "num_experts is 1000000000"},
+    {HF_CONFIG, "num_experts", NULL, BAD, "num_experts is missing"},
+    {HF_CONFIG, "num_local_experts", "10", EP_OK, ""},
+    {HF_CONFIG, "num_local_experts", "11", BAD, "num_experts is 10, but num_local_experts 11"},
     {HF_CONFIG, "num_experts_per_tok", "11", BAD, "11 experts used of 10"},
     {HF_CONFIG, "num_key_value_heads", NULL, BAD, "num_key_value_heads is missing"},
     {HF_CONFIG, "num_key_value_heads", "4", BAD, "6 heads do not divide among 4"},
@@ -191,6 +194,25 @@ static void test_config(void)
         CHECK(says(&err, e->words));
         CHECK(e->words[0] == '\0' || says(&err, "memory/config.json: "));
     }
+    hm_free(&good);
+}
+
+/* Numbers of experts as transformers 5 writes them. */
+static void test_local_experts(void)
+{
+    make_good(&(hm_options){0});
+    st_bytes *b = &good.texts_bytes[HF_CONFIG];
+    json_t *doc = json_loadb(b->data, b->size, 0, NULL);
+    change(doc, "num_experts", NULL);
+    change(doc, "num_local_experts", "10");
+    char *text = json_dumps(doc, 0);
+    *b = (st_bytes){b->name, text, strlen(text)};
+    ep_err why = {{0}};
+    CHECK_INT(try_all(&why), EP_OK);
+    CHECK_INT(try_change(HF_CONFIG, "num_local_experts", "0", &why), EP_ERR_INVALID);
+    CHECK(says(&why, "config.json: num_local_experts is 0, expected 1 to 4096"));
+    free(text);
+    json_decref(doc);
     hm_free(&good);
 }
 
@@ -421,8 +443,10 @@ static void test_memory(void)
 int main(int argc, char **argv)
 {
     static const test_case cases[] = {
-        {"config", test_config},   {"tokenizer", test_tokenizer}, {"ends", test_ends},
-        {"tensors", test_tensors}, {"damage", test_damage},       {"memory", test_memory},
+        {"config", test_config},       {"local experts", test_local_experts},
+        {"tokenizer", test_tokenizer}, {"ends", test_ends},
+        {"tensors", test_tensors},     {"damage", test_damage},
+        {"memory", test_memory},
     };
     return test_main(argc, argv, cases, (int)(sizeof(cases) / sizeof(cases[0])));
 }
