@@ -22,14 +22,55 @@ static json_t *inner(const model_json *v)
     return (json_t *)(uintptr_t)v;
 }
 
+static bool fits(const char *digits, size_t n, bool negative)
+{
+    const char *most = negative ? "9223372036854775808" : "9223372036854775807";
+    return n < 19 || (n == 19 && memcmp(digits, most, 19) <= 0);
+}
+
+/* Whole numbers that do not fit become reals of as many letters, so that places in messages stay
+ * true: the last two digits make room for an exponent. */
+static void loosen(char *text, size_t n)
+{
+    bool in_string = false;
+    for (size_t i = 0; i < n; i++) {
+        if (text[i] == '"') in_string = !in_string;
+        if (in_string && text[i] == '\\') i++;
+        if (in_string || text[i] < '0' || text[i] > '9') continue;
+        size_t from = i, digits = 0;
+        for (; i < n && text[i] != '\0' && strchr("0123456789+-.eE", text[i]) != NULL; i++)
+            digits += text[i] >= '0' && text[i] <= '9';
+        if (digits == i - from && !fits(text + from, digits, from > 0 && text[from - 1] == '-'))
+            memcpy(text + i - 2, "e2", 2);
+        i--;
+    }
+}
+
+/* jansson refuses a document for a whole number that does not fit, even where nobody asks for it:
+ * tokenizer_config.json has 10^30 for "no limit". Such a number is a real here. */
+static json_t *load(const void *text, size_t n, json_error_t *e, bool *no_memory)
+{
+    json_t *doc = json_loadb(n > 0 ? text : "", n, JSON_REJECT_DUPLICATES, e);
+    *no_memory = doc == NULL && json_error_code(e) == json_error_out_of_memory;
+    if (doc != NULL || json_error_code(e) != json_error_numeric_overflow) return doc;
+    char *copy = ep_alloc(n);
+    *no_memory = copy == NULL;
+    if (copy == NULL) return NULL;
+    memcpy(copy, text, n);
+    loosen(copy, n);
+    doc = json_loadb(copy, n, JSON_REJECT_DUPLICATES, e);
+    ep_free(copy);
+    return doc;
+}
+
 ep_status model_json_parse(model_json **out, const void *text, size_t n, const char *where,
                            ep_err *err)
 {
     json_error_t e;
-    json_t *doc = json_loadb(n > 0 ? text : "", n, JSON_REJECT_DUPLICATES, &e);
+    bool no_memory;
+    json_t *doc = load(text, n, &e, &no_memory);
     if (doc == NULL) {
-        if (json_error_code(&e) == json_error_out_of_memory)
-            return ep_fail(err, EP_ERR_NOMEM, "%s: no memory for its JSON", where);
+        if (no_memory) return ep_fail(err, EP_ERR_NOMEM, "%s: no memory for its JSON", where);
         for (char *c = e.text; *c != '\0'; c++)
             if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = '?';
         return ep_fail(err, EP_ERR_INVALID, "%s: line %d, column %d: %s", where, e.line, e.column,

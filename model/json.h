@@ -30,7 +30,8 @@ size_t model_json_size(const model_json *v);
 /* NULL when absent or null, or when v is no object (or NULL). */
 model_json *model_json_member(const model_json *v, const char *key);
 model_json *model_json_item(const model_json *v, size_t i);
-/* False when v is NULL or of another kind. A whole number is one without fraction and exponent. */
+/* False when v is NULL or of another kind. A whole number is one without fraction and exponent
+ * that fits; one that does not is a real. */
 bool model_json_int(const model_json *v, int64_t *out);
 bool model_json_real(const model_json *v, double *out); /* whole numbers too */
 bool model_json_bool(const model_json *v, bool *out);

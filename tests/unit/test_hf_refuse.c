@@ -7,6 +7,7 @@
 #include "tests/test.h"
 
 #include <jansson.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -218,6 +219,56 @@ static void test_local_experts(void)
 
 #define SPLIT "pre_tokenizer.pretokenizers.0."
 #define BYTES "pre_tokenizer.pretokenizers.1."
+
+/* Whole numbers that fit nowhere refuse a text only where one that fits is needed. */
+static void test_numbers(void)
+{
+    static const struct {
+        const char *text;
+        bool whole;
+        double real;
+    } cases[] = {
+        {"9223372036854775807", true, 9223372036854775807.0},
+        {"9223372036854775808", false, 9223372036854775808.0},
+        {"-9223372036854775808", true, -9223372036854775808.0},
+        {"-9223372036854775809", false, -9223372036854775808.0},
+        {"1000000000000000019884624838656", false, 1e30},
+        {"0.12345678901234567890123", false, 0.12345678901234567890123},
+        {"12345678901234567890.5E0", false, 12345678901234567890.5},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        char text[256];
+        int n = snprintf(text, sizeof(text), "{\"1\\\"2\": [18446744073709551616], \"x\": %s}",
+                         cases[i].text);
+        model_json *doc = NULL;
+        const model_json *v;
+        ep_err err = {{0}};
+        int64_t whole = 0;
+        double real = 0;
+        CHECK_INT(model_json_parse(&doc, text, (size_t)n, "t", &err), EP_OK);
+        CHECK_INT(model_json_size(doc), 2);
+        v = model_json_member(doc, "x");
+        CHECK(model_json_int(v, &whole) == cases[i].whole && model_json_real(v, &real));
+        CHECK(fabs(real - cases[i].real) <= fabs(cases[i].real) * 4e-16);
+        CHECK(!cases[i].whole || whole == strtoll(cases[i].text, NULL, 10));
+        model_json_free(doc);
+    }
+    static const char bad[] = "{\"99999999999999999999\": 99999999999999999999,\n \"a\": 1e999}";
+    model_json *doc = NULL;
+    ep_err err = {{0}};
+    CHECK_INT(model_json_parse(&doc, bad, strlen(bad), "t", &err), EP_ERR_INVALID);
+    CHECK(says(&err, "t: line 2, column 11: real number overflow"));
+    ep_alloc_fail_at(1);
+    CHECK_INT(model_json_parse(&doc, bad, strlen(bad), "t", &err), EP_ERR_NOMEM);
+    ep_alloc_fail_at(0);
+    CHECK(says(&err, "t: no memory"));
+    make_good(&(hm_options){0});
+    st_bytes *b = &good.texts_bytes[HF_TOKENIZER_CONFIG];
+    static const char limit[] = "{\"model_max_length\": 1000000000000000019884624838656}";
+    *b = (st_bytes){b->name, limit, strlen(limit)};
+    CHECK_INT(try_all(&err), EP_OK);
+    hm_free(&good);
+}
 
 static const edit tokenizer_edits[] = {
     {HF_TOKENIZER, "normalizer", "null", EP_OK, ""},
@@ -443,10 +494,10 @@ static void test_memory(void)
 int main(int argc, char **argv)
 {
     static const test_case cases[] = {
-        {"config", test_config},       {"local experts", test_local_experts},
-        {"tokenizer", test_tokenizer}, {"ends", test_ends},
-        {"tensors", test_tensors},     {"damage", test_damage},
-        {"memory", test_memory},
+        {"config", test_config},   {"local experts", test_local_experts},
+        {"numbers", test_numbers}, {"tokenizer", test_tokenizer},
+        {"ends", test_ends},       {"tensors", test_tensors},
+        {"damage", test_damage},   {"memory", test_memory},
     };
     return test_main(argc, argv, cases, (int)(sizeof(cases) / sizeof(cases[0])));
 }
