@@ -318,14 +318,17 @@ static ep_status find_ends(hf_folder *h, model *m, ep_err *err)
     ep_status status =
         find_floats(h, "model.embed_tokens.weight", vocab, hidden, &h->embedding, err);
     if (status == EP_OK) status = find_floats(h, "model.norm.weight", hidden, 0, &h->norm, err);
-    if (status == EP_OK && !h->config.tied) {
+    /* A head of its own is there although it is tied: it is what counts, as in GGUF files. */
+    bool own = !h->config.tied || st_find(h->file, "lm_head.weight") != NULL ||
+               st_find(h->file, "lm_head.qweight") != NULL;
+    if (status == EP_OK && own) {
         status = find_matrix(h, "lm_head", vocab, hidden, &h->head_matrix, err);
         if (status == EP_OK)
             make_tensor(&h->head, "lm_head", &h->head_matrix, 1, s->vocab, s->hidden);
     }
     m->token_embd = &h->embedding;
     m->output_norm = &h->norm;
-    m->output = h->config.tied ? &h->embedding : &h->head;
+    m->output = own ? &h->head : &h->embedding;
     return status;
 }
 

@@ -27,7 +27,7 @@ extern const char *const hf_text_names[HF_N_TEXTS]; /* "config.json" */
 
 typedef struct hf_config {
     model_shape shape; /* all but the name */
-    bool tied;         /* no lm_head of its own */
+    bool tied;         /* lm_head may be missing */
     bool quantised;    /* matrices may be */
     gptq_rules gptq;
 } hf_config;

@@ -217,6 +217,25 @@ static void test_local_experts(void)
     hm_free(&good);
 }
 
+/* A tied head that is there nevertheless is the one that counts. */
+static void test_own_head(void)
+{
+    make_good(&(hm_options){0});
+    st_bytes *b = &good.texts_bytes[HF_CONFIG];
+    json_t *doc = json_loadb(b->data, b->size, 0, NULL);
+    change(doc, "tie_word_embeddings", "true");
+    char *text = json_dumps(doc, 0);
+    *b = (st_bytes){b->name, text, strlen(text)};
+    model *m = NULL;
+    ep_err err = {{0}};
+    CHECK_INT(hm_open(&m, &good, &err), EP_OK);
+    CHECK(m != NULL && m->output != m->token_embd && m->output->data != m->token_embd->data);
+    model_close(m);
+    free(text);
+    json_decref(doc);
+    hm_free(&good);
+}
+
 #define SPLIT "pre_tokenizer.pretokenizers.0."
 #define BYTES "pre_tokenizer.pretokenizers.1."
 
@@ -494,10 +513,11 @@ static void test_memory(void)
 int main(int argc, char **argv)
 {
     static const test_case cases[] = {
-        {"config", test_config},   {"local experts", test_local_experts},
-        {"numbers", test_numbers}, {"tokenizer", test_tokenizer},
-        {"ends", test_ends},       {"tensors", test_tensors},
-        {"damage", test_damage},   {"memory", test_memory},
+        {"config", test_config},       {"local experts", test_local_experts},
+        {"own head", test_own_head},   {"numbers", test_numbers},
+        {"tokenizer", test_tokenizer}, {"ends", test_ends},
+        {"tensors", test_tensors},     {"damage", test_damage},
+        {"memory", test_memory},
     };
     return test_main(argc, argv, cases, (int)(sizeof(cases) / sizeof(cases[0])));
 }
