@@ -235,15 +235,25 @@ static void check_decoder(hf_reader *r, model_json *list, const model_vocab *v)
     void *at = NULL;
     const char *key;
     model_json *o;
-    while (model_json_is_object(list) && model_json_next(list, &at, &key, &o)) {
+    if (list == NULL) return;
+    if (!model_json_is_object(list))
+        hf_refuse(r, EP_ERR_INVALID, "added_tokens_decoder is no object");
+    while (r->status == EP_OK && model_json_next(list, &at, &key, &o)) {
         const char *text = hf_get_str(r, o, "content", "");
-        long id = strtol(key, NULL, 10);
-        if (id < 0 || id >= v->n || v->tokens[id].s == NULL || !same_text(v->tokens[id], text))
+        char *end;
+        long id = strtol(key, &end, 10);
+        if (end == key || *end != '\0' || id < 0 || id >= v->n || v->tokens[id].s == NULL ||
+            !same_text(v->tokens[id], text))
             hf_refuse(r, EP_ERR_INVALID,
                       "added_tokens_decoder: \"%.80s\" is not token %.20s of tokenizer.json", text,
                       key);
-        if (r->status != EP_OK) return;
     }
+}
+
+/* A text that may be absent. */
+static void check_object(hf_reader *r, const model_json *o)
+{
+    if (o != NULL && !model_json_is_object(o)) hf_refuse(r, EP_ERR_INVALID, "it is no object");
 }
 
 static void read_roles(hf_reader *r, model_json *const *texts, model_vocab *v)
@@ -252,12 +262,14 @@ static void read_roles(hf_reader *r, model_json *const *texts, model_vocab *v)
     for (size_t i = 0; i < 2; i++) {
         const model_json *ends = model_json_member(texts[order[i]], "eos_token_id");
         r->name = hf_text_names[order[i]];
+        check_object(r, texts[order[i]]);
         if (ends == NULL) continue;
         read_ends(r, ends, v);
         break;
     }
     const model_json *o = texts[HF_TOKENIZER_CONFIG];
     r->name = hf_text_names[HF_TOKENIZER_CONFIG];
+    check_object(r, o);
     check_decoder(r, model_json_member(o, "added_tokens_decoder"), v);
     int32_t end = find_token(r, o, "eos_token", v);
     if (end >= 0) v->is_end[end] = true;

@@ -289,6 +289,21 @@ static void test_numbers(void)
     hm_free(&good);
 }
 
+static void test_objects(void)
+{
+    make_good(&(hm_options){0});
+    for (int i = HF_GENERATION; i < HF_N_TEXTS; i++) {
+        ep_err err = {{0}};
+        hf_text which = (hf_text)i;
+        st_bytes old = good.texts_bytes[which];
+        good.texts_bytes[which] = (st_bytes){old.name, "[1]", 3};
+        CHECK_INT(try_all(&err), EP_ERR_INVALID);
+        CHECK(says(&err, hf_text_names[which]));
+        good.texts_bytes[which] = old;
+    }
+    hm_free(&good);
+}
+
 static const edit tokenizer_edits[] = {
     {HF_TOKENIZER, "normalizer", "null", EP_OK, ""},
     {HF_TOKENIZER, "normalizer", "{\"type\":\"NFKC\"}", NO, "normalizer of type NFKC"},
@@ -345,6 +360,9 @@ static const edit tokenizer_edits[] = {
     {HF_TOKENIZER_CONFIG, "eos_token", "7", BAD, "is no token"},
     {HF_TOKENIZER_CONFIG, "add_bos_token", "true", BAD, "there is no bos_token"},
     {HF_TOKENIZER_CONFIG, "add_bos_token", "1", BAD, "neither true nor false"},
+    {HF_TOKENIZER_CONFIG, "added_tokens_decoder", "[]", BAD, "added_tokens_decoder is no object"},
+    {HF_TOKENIZER_CONFIG, "added_tokens_decoder", "{\"x\":{\"content\":\"\"}}", BAD,
+     "is not token x of"},
     {HF_TOKENIZER_CONFIG, "add_eos_token", "true", NO, "add_eos_token"},
 };
 
@@ -513,11 +531,11 @@ static void test_memory(void)
 int main(int argc, char **argv)
 {
     static const test_case cases[] = {
-        {"config", test_config},       {"local experts", test_local_experts},
-        {"own head", test_own_head},   {"numbers", test_numbers},
-        {"tokenizer", test_tokenizer}, {"ends", test_ends},
-        {"tensors", test_tensors},     {"damage", test_damage},
-        {"memory", test_memory},
+        {"config", test_config},     {"local experts", test_local_experts},
+        {"own head", test_own_head}, {"numbers", test_numbers},
+        {"objects", test_objects},   {"tokenizer", test_tokenizer},
+        {"ends", test_ends},         {"tensors", test_tensors},
+        {"damage", test_damage},     {"memory", test_memory},
     };
     return test_main(argc, argv, cases, (int)(sizeof(cases) / sizeof(cases[0])));
 }
