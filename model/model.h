@@ -86,8 +86,9 @@ typedef struct model {
     model_shape shape;
     const model_tensor *token_embd, *output_norm, *output; /* output == token_embd when tied */
     model_layer *layers;                                   /* [n_layers] */
-    uint64_t
-        digest; /* XXH3 over the tensor directory and metadata: equal on every rank or refused */
+    /* XXH3 over the tensor directory and metadata, of a folder also over a sample of the data:
+     * equal on every rank or refused */
+    uint64_t digest;
 } model;
 
 /* path: as model_file_open, or a folder with a safetensors checkpoint, its index or only file.

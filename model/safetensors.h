@@ -72,7 +72,7 @@ const st_tensor *st_find(const st_file *f, const char *name); /* NULL: absent */
 size_t st_n_notes(const st_file *f);                          /* __metadata__ of part 0 */
 void st_note(const st_file *f, size_t i, const char **key, const char **value);
 
-/* XXH3 over names, headers and sizes of the files. */
+/* XXH3 over names, headers and sizes of the files, and a sample of their data. */
 uint64_t st_digest(const st_file *f);
 /* model_forget of bytes of this checkpoint. */
 void st_forget(const st_file *f, const void *p, size_t bytes);

@@ -173,6 +173,27 @@ static void test_gptq(void)
     model_close(m);
 }
 
+/* Another training of the same model, nothing else being different, is another model. */
+static void test_digest(void)
+{
+    hm_folder f, g;
+    ep_err err = {{0}};
+    model *m = open_gguf(MICRO), *a = open_folder(&f, m, &(hm_options){.bf16 = true});
+    model *b = open_folder(&g, m, &(hm_options){.bf16 = true});
+    CHECK(a->digest == b->digest);
+    model_close(b);
+    size_t data = 8 + (size_t)ep_load_le(g.tensors.data, 8);
+    for (size_t i = data; i < g.tensors.len; i += 2)
+        g.tensors.data[i] ^= 1;
+    CHECK_INT(hm_open(&b, &g, &err), EP_OK);
+    CHECK(a->digest != b->digest);
+    model_close(b);
+    model_close(a);
+    model_close(m);
+    hm_free(&f);
+    hm_free(&g);
+}
+
 /* ---- packed experts ---- */
 
 static shard *open_shard(const model *m, const model_placement *p, const char *packed)
@@ -284,8 +305,8 @@ static void test_tokenizer(void)
 int main(int argc, char **argv)
 {
     static const test_case cases[] = {
-        {"floats", test_floats}, {"bf16", test_bf16},           {"gptq", test_gptq},
-        {"packed", test_packed}, {"tokenizer", test_tokenizer},
+        {"floats", test_floats}, {"bf16", test_bf16},     {"gptq", test_gptq},
+        {"digest", test_digest}, {"packed", test_packed}, {"tokenizer", test_tokenizer},
     };
     if (kern_select("auto", NULL) != EP_OK) return 1;
     return test_main(argc, argv, cases, (int)(sizeof(cases) / sizeof(cases[0])));
