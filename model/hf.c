@@ -15,7 +15,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { TEXT = 160, NAME = 64, N_LINEAR = 4, N_ROLES = 3, N_FLOATS = 5 };
+enum { TEXT = 160, NAME = 64, N_LINEAR = 4, N_ROLES = 3, N_FLOATS = 5, N_PARTS = 6 };
 #define MAX_TEXT ((size_t)128 << 20) /* of a JSON file */
 
 static const char *const linear_names[N_LINEAR] = {"self_attn.q_proj", "self_attn.k_proj",
@@ -24,6 +24,9 @@ static const char *const role_names[N_ROLES] = {"gate_proj", "up_proj", "down_pr
 static const char *const float_names[N_FLOATS] = {
     "input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_norm.weight",
     "self_attn.k_norm.weight", "mlp.gate.weight"};
+
+static const char *const part_names[N_PARTS] = {"weight", "qweight", "scales",
+                                                "qzeros", "g_idx",   "bias"};
 
 /* What a model_layer points to. */
 typedef struct layer {
@@ -77,9 +80,8 @@ static const char *part_of(const char *s, const char *const *names, int n)
 /* What a part of a matrix is that nothing is computed with; NULL: it is looked at. */
 static const char *unserved_part(const char *part)
 {
-    static const char *const known[] = {"weight", "qweight", "scales", "qzeros", "g_idx", "bias"};
-    for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++)
-        if (strcmp(part, known[i]) == 0) return NULL;
+    for (size_t i = 0; i < N_PARTS; i++)
+        if (strcmp(part, part_names[i]) == 0) return NULL;
     if (after(part, "weight_") != NULL) return "a matrix in the compressed-tensors or fp8 layout";
     return "an unknown part of a matrix";
 }
@@ -134,6 +136,7 @@ static const char *unserved_alone(const char *name, bool *known)
     *known = part != NULL || strcmp(name, "model.embed_tokens.weight") == 0 ||
              strcmp(name, "model.norm.weight") == 0;
     if (part != NULL) return unserved_part(part);
+    if (strcmp(name, "model.norm.bias") == 0) return "a norm with a bias";
     return after(name, "mtp.") != NULL ? "multi-token prediction" : NULL;
 }
 
@@ -211,6 +214,18 @@ static ep_status find_floats(const hf_folder *h, const char *name, uint64_t n, u
     return EP_OK;
 }
 
+/* The first part of a matrix that is there, from part `from` on; NULL: none. */
+static const st_tensor *find_part(const hf_folder *h, const char *prefix, int from)
+{
+    char name[TEXT];
+    const st_tensor *t = NULL;
+    for (int i = from; i < N_PARTS && t == NULL; i++) {
+        snprintf(name, sizeof(name), "%s.%s", prefix, part_names[i]);
+        t = st_find(h->file, name);
+    }
+    return t;
+}
+
 /* A matrix [n, k]: PREFIX.weight, or what GPTQ has in its place. */
 static ep_status find_matrix(const hf_folder *h, const char *prefix, uint64_t n, uint64_t k,
                              hf_matrix *out, ep_err *err)
@@ -234,14 +249,17 @@ static ep_status find_matrix(const hf_folder *h, const char *prefix, uint64_t n,
         *out = x;
         return EP_OK;
     }
-    snprintf(name, sizeof(name), "%s.bias", prefix);
-    if (st_find(h->file, name) != NULL)
-        return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: tensor %s: a bias is not implemented",
-                       st_path(h->file), name);
     snprintf(name, sizeof(name), "%s.weight", prefix);
     ep_status status = check_floats(h, name, n, k, &x.weight, err);
-    if (status == EP_OK) *out = x;
-    return status;
+    if (status != EP_OK) return status;
+    const st_tensor *more = find_part(h, prefix, 1);
+    if (more != NULL)
+        return ep_fail(err, EP_ERR_UNSUPPORTED,
+                       "%s: tensor %s beside %s.weight: a bias, or scales of floats, is not "
+                       "implemented",
+                       st_path(h->file), more->name, prefix);
+    *out = x;
+    return EP_OK;
 }
 
 /* n_parts matrices [n, k] of one type as one tensor. */
@@ -319,8 +337,7 @@ static ep_status find_ends(hf_folder *h, model *m, ep_err *err)
         find_floats(h, "model.embed_tokens.weight", vocab, hidden, &h->embedding, err);
     if (status == EP_OK) status = find_floats(h, "model.norm.weight", hidden, 0, &h->norm, err);
     /* A head of its own is there although it is tied: it is what counts, as in GGUF files. */
-    bool own = !h->config.tied || st_find(h->file, "lm_head.weight") != NULL ||
-               st_find(h->file, "lm_head.qweight") != NULL;
+    bool own = !h->config.tied || find_part(h, "lm_head", 0) != NULL;
     if (status == EP_OK && own) {
         status = find_matrix(h, "lm_head", vocab, hidden, &h->head_matrix, err);
         if (status == EP_OK)

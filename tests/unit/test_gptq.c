@@ -516,7 +516,7 @@ static const struct {
     {{.extra = "model.layers.0.self_attn.q_proj.bias"},
      false,
      EP_ERR_UNSUPPORTED,
-     "q_proj.bias: a bias is not implemented"},
+     "q_proj.bias beside model.layers.0.self_attn.q_proj.weight: a bias"},
     {{.extra = "model.layers.0.self_attn.rotary_emb.inv_freq"}, true, EP_OK, ""}, /* not used */
     {{.extra = E0 "up_proj.perm"}, false, EP_ERR_UNSUPPORTED, "an unknown part of a matrix"},
     {{.extra = E0 "up_projection.qweight"}, false, EP_ERR_UNSUPPORTED, "an unknown matrix"},

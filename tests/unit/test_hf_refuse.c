@@ -217,25 +217,6 @@ static void test_local_experts(void)
     hm_free(&good);
 }
 
-/* A tied head that is there nevertheless is the one that counts. */
-static void test_own_head(void)
-{
-    make_good(&(hm_options){0});
-    st_bytes *b = &good.texts_bytes[HF_CONFIG];
-    json_t *doc = json_loadb(b->data, b->size, 0, NULL);
-    change(doc, "tie_word_embeddings", "true");
-    char *text = json_dumps(doc, 0);
-    *b = (st_bytes){b->name, text, strlen(text)};
-    model *m = NULL;
-    ep_err err = {{0}};
-    CHECK_INT(hm_open(&m, &good, &err), EP_OK);
-    CHECK(m != NULL && m->output != m->token_embd && m->output->data != m->token_embd->data);
-    model_close(m);
-    free(text);
-    json_decref(doc);
-    hm_free(&good);
-}
-
 #define SPLIT "pre_tokenizer.pretokenizers.0."
 #define BYTES "pre_tokenizer.pretokenizers.1."
 
@@ -439,6 +420,27 @@ static ep_status try_header(const char *from, const char *to, ep_err *err)
     return status;
 }
 
+/* A tied head that is there nevertheless is the one that counts. */
+static void test_own_head(void)
+{
+    make_good(&(hm_options){0});
+    st_bytes *b = &good.texts_bytes[HF_CONFIG];
+    json_t *doc = json_loadb(b->data, b->size, 0, NULL);
+    change(doc, "tie_word_embeddings", "true");
+    char *text = json_dumps(doc, 0);
+    *b = (st_bytes){b->name, text, strlen(text)};
+    model *m = NULL;
+    ep_err err = {{0}};
+    CHECK_INT(hm_open(&m, &good, &err), EP_OK);
+    CHECK(m != NULL && m->output != m->token_embd && m->output->data != m->token_embd->data);
+    model_close(m);
+    CHECK_INT(try_header("lm_head.weight\"", "lm_head.bias\"  ", &err), EP_ERR_INVALID);
+    CHECK(says(&err, "lm_head.weight and lm_head.qweight are both missing"));
+    free(text);
+    json_decref(doc);
+    hm_free(&good);
+}
+
 #define T(layer, name) "model.layers." #layer "." name "\":{\"dtype\":\"BF16\""
 #define F(layer, name) "model.layers." #layer "." name "\":{\"dtype\":\"F16\" "
 
@@ -466,6 +468,9 @@ static void test_tensors(void)
          "a dense layer"},
         {"model.layers.2.mlp.gate.weight", "model.layers.9.mlp.gate.weight", BAD,
          "num_hidden_layers 3 rules out"},
+        {"model.layers.2.input_layernorm.weight", "model.layers.1.self_attn.q_proj.g_idx", NO,
+         "q_proj.g_idx beside model.layers.1.self_attn.q_proj.weight"},
+        {"model.norm.weight\"", "model.norm.bias\"  ", NO, "a norm with a bias"},
         {"lm_head.weight", "lm_head.wbytes", NO, "an unknown part of a matrix"},
         {"lm_head.weight", "mtp.fc0.weight", NO, "multi-token prediction"},
         {"lm_head.weight", "other0.weight_", BAD, "lm_head.weight and lm_head.qweight are both"},
