@@ -62,8 +62,8 @@ static ep_status refuse_forms(const st_file *f, const char *prefix, uint64_t n, 
     else if (has_dims(t, k * 3 / 32, n))
         what = "a width of 3 bits";
     if (what == NULL) return EP_OK;
-    return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: tensor %s: %s is not implemented", st_path(f),
-                   t->name, what);
+    return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: tensor %s: %s is not implemented",
+                   st_tensor_path(f, t), t->name, what);
 }
 
 ep_status gptq_find(gptq_matrix *out, const gptq_rules *rules, const st_file *f, const char *prefix,
@@ -104,7 +104,8 @@ ep_status gptq_find(gptq_matrix *out, const gptq_rules *rules, const st_file *f,
 static ep_status bad(const st_file *f, const st_tensor *t, ep_status status, const char *what,
                      size_t at, ep_err *err)
 {
-    return ep_fail(err, status, "%s: tensor %s, element %zu: %s", st_path(f), t->name, at, what);
+    return ep_fail(err, status, "%s: tensor %s, element %zu: %s", st_tensor_path(f, t), t->name, at,
+                   what);
 }
 
 ep_status gptq_check(const gptq_matrix *x, const gptq_rules *rules, const st_file *f, ep_err *err)

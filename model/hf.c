@@ -141,9 +141,10 @@ static const char *unserved_alone(const char *name, bool *known)
 }
 
 /* Nothing is accepted silently: a tensor is known, refused, or mentioned. */
-static ep_status refuse_name(const hf_folder *h, const char *name, ep_err *err)
+static ep_status refuse_name(const hf_folder *h, const st_tensor *t, ep_err *err)
 {
     const model_shape *s = &h->config.shape;
+    const char *name = t->name, *path = st_tensor_path(h->file, t);
     const char *rest = after(name, "model.layers."), *in = NULL, *what;
     bool known = true, outside = false;
     int l = -1;
@@ -155,16 +156,16 @@ static ep_status refuse_name(const hf_folder *h, const char *name, ep_err *err)
         what = unserved_in_layer(rest, &known);
     if (l >= s->n_layers)
         return ep_fail(err, EP_ERR_INVALID,
-                       "%s: tensor %s belongs to a layer that num_hidden_layers %d rules out",
-                       st_path(h->file), name, s->n_layers);
+                       "%s: tensor %s belongs to a layer that num_hidden_layers %d rules out", path,
+                       name, s->n_layers);
     if (outside)
         return ep_fail(err, EP_ERR_INVALID,
-                       "%s: tensor %s belongs to an expert that num_experts %d rules out",
-                       st_path(h->file), name, s->n_experts);
+                       "%s: tensor %s belongs to an expert that num_experts %d rules out", path,
+                       name, s->n_experts);
     if (what != NULL)
-        return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: tensor %s: %s is not implemented",
-                       st_path(h->file), name, what);
-    if (!known) log_debug("%s: tensor %s is not used", st_path(h->file), name);
+        return ep_fail(err, EP_ERR_UNSUPPORTED, "%s: tensor %s: %s is not implemented", path, name,
+                       what);
+    if (!known) log_debug("%s: tensor %s is not used", path, name);
     return EP_OK;
 }
 
@@ -257,7 +258,7 @@ static ep_status find_matrix(const hf_folder *h, const char *prefix, uint64_t n,
         return ep_fail(err, EP_ERR_UNSUPPORTED,
                        "%s: tensor %s beside %s.weight: a bias, or scales of floats, is not "
                        "implemented",
-                       st_path(h->file), more->name, prefix);
+                       st_tensor_path(h->file, more), more->name, prefix);
     *out = x;
     return EP_OK;
 }
@@ -355,7 +356,7 @@ static ep_status find_all(hf_folder *h, model *m, ep_err *err)
     size_t n_layers = (size_t)s->n_layers, n = n_layers * N_ROLES * (size_t)s->n_experts;
     ep_status status = EP_OK;
     for (size_t i = 0; i < st_n_tensors(h->file) && status == EP_OK; i++)
-        status = refuse_name(h, st_tensor_at(h->file, i)->name, err);
+        status = refuse_name(h, st_tensor_at(h->file, i), err);
     if (status == EP_OK) status = find_ends(h, m, err);
     if (status != EP_OK) return status;
     /* One tensor each at least: memory is never more than a multiple of the file's own directory.

@@ -481,9 +481,14 @@ void st_forget(const st_file *f, const void *p, size_t bytes)
     }
 }
 
+const char *st_tensor_path(const st_file *f, const st_tensor *t)
+{
+    return f->parts[t->part].path;
+}
+
 ep_status st_misshapen(const st_file *f, const st_tensor *t, const char *want, ep_err *err)
 {
     char shape[256];
-    return ep_fail(err, EP_ERR_INVALID, "%s: tensor %s is %s %s, expected %s", f->path, t->name,
-                   st_type_name(t->type), st_shape_text(shape, sizeof(shape), t), want);
+    return ep_fail(err, EP_ERR_INVALID, "%s: tensor %s is %s %s, expected %s", st_tensor_path(f, t),
+                   t->name, st_type_name(t->type), st_shape_text(shape, sizeof(shape), t), want);
 }

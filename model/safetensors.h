@@ -80,7 +80,8 @@ void st_forget(const st_file *f, const void *p, size_t bytes);
 const char *st_type_name(st_type t); /* "BF16" */
 /* "[256, 64]". Returns buf. */
 char *st_shape_text(char *buf, size_t n, const st_tensor *t);
-/* Refuses a tensor: "tensor X is F16 [2, 3], expected WANT". */
+const char *st_tensor_path(const st_file *f, const st_tensor *t); /* its file, for messages */
+/* Refuses a tensor: "FILE: tensor X is F16 [2, 3], expected WANT". */
 ep_status st_misshapen(const st_file *f, const st_tensor *t, const char *want, ep_err *err);
 
 /* Whether a path is for this reader: *.safetensors, *.safetensors.index.json, or a folder. */

@@ -511,12 +511,14 @@ static const struct {
     {{.rename = E2 "up_proj.qweight", .to = E2 "up_proj.weight"},
      false,
      EP_ERR_INVALID,
-     "up_proj.weight is I32 [32, 128], expected floats [128, 256]"},
+     "00002-of-00002.safetensors: tensor " E2 "up_proj.weight is I32 [32, 128], expected floats "
+     "[128, 256]"},
     {{.extra = E0 "up_proj.weight_packed"}, false, EP_ERR_UNSUPPORTED, "compressed-tensors"},
     {{.extra = "model.layers.0.self_attn.q_proj.bias"},
      false,
      EP_ERR_UNSUPPORTED,
-     "q_proj.bias beside model.layers.0.self_attn.q_proj.weight: a bias"},
+     "00002-of-00002.safetensors: tensor model.layers.0.self_attn.q_proj.bias beside "
+     "model.layers.0.self_attn.q_proj.weight: a bias"},
     {{.extra = "model.layers.0.self_attn.rotary_emb.inv_freq"}, true, EP_OK, ""}, /* not used */
     {{.extra = E0 "up_proj.perm"}, false, EP_ERR_UNSUPPORTED, "an unknown part of a matrix"},
     {{.extra = E0 "up_projection.qweight"}, false, EP_ERR_UNSUPPORTED, "an unknown matrix"},
