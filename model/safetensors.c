@@ -98,7 +98,10 @@ static ep_status choose(const char *path, char **out, ep_err *err)
         return ep_fail(err, EP_ERR_INVALID,
                        "%s: %zu indexes and %zu safetensors files: name the one that is meant",
                        path, f.n_indexes, f.n_files);
-    *out = ep_strfmt("%s/%s", path, f.n_indexes ? f.index : f.file);
+    size_t n = strlen(path); /* without slashes at its end, so that the folder has a name */
+    while (n > 0 && path[n - 1] == '/')
+        n--;
+    *out = ep_strfmt("%.*s/%s", (int)n, path, f.n_indexes ? f.index : f.file);
     if (*out == NULL) return no_memory(path, err);
     if (f.n_indexes == 0) return EP_OK;
     char *rival = ep_strdup(*out); /* X.safetensors beside X.safetensors.index.json */
@@ -107,7 +110,7 @@ static ep_status choose(const char *path, char **out, ep_err *err)
         if (access(rival, F_OK) == 0)
             status = ep_fail(err, EP_ERR_INVALID,
                              "%s: there is an index and also %.200s: name the one that is meant",
-                             path, rival + strlen(path) + 1);
+                             path, rival + n + 1);
         ep_free(rival);
     } else {
         status = no_memory(path, err);

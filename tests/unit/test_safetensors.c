@@ -397,6 +397,7 @@ static void test_disk(void)
     write_file("a.safetensors", a.data, a.len);
     write_file("notes.txt", "x", 1);
     check_open("", EP_OK, NULL, 1);
+    check_open("/", EP_OK, NULL, 1);
     check_open("a.safetensors", EP_OK, NULL, 1);
     write_file("b.safetensors", b.data, b.len);
     check_open("", EP_ERR_INVALID, "0 indexes and 2 safetensors files: name the one", 0);
@@ -406,6 +407,7 @@ static void test_disk(void)
     check_open("b.safetensors", EP_OK, NULL, 2);
     write_file("m.safetensors", a.data, a.len);
     check_open("", EP_ERR_INVALID, "an index and also m.safetensors", 0);
+    check_open("/", EP_ERR_INVALID, "an index and also m.safetensors", 0);
     remove_file("m.safetensors");
     write_file("n.safetensors.index.json", map, strlen(map));
     check_open("", EP_ERR_INVALID, "2 indexes", 0);
