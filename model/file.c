@@ -336,6 +336,17 @@ const gguf_key *model_file_key(const model_file *f, const char *name)
     return gguf_part_find(&f->parts[0], name);
 }
 
+uint64_t model_sample(const uint8_t *data, size_t n, uint64_t h)
+{
+    enum { N_SAMPLES = 16, SAMPLE = 4096 };
+    size_t step = n / N_SAMPLES + 1;
+    for (size_t at = 0; at < n; at += step) {
+        size_t left = n - at, take = step < SAMPLE ? step : SAMPLE;
+        h = XXH3_64bits_withSeed(data + at, take < left ? take : left, h);
+    }
+    return h;
+}
+
 uint64_t model_file_digest(const model_file *f)
 {
     uint64_t h = 0;
@@ -346,6 +357,7 @@ uint64_t model_file_digest(const model_file *f)
         for (int b = 0; b < 8; b++)
             size[b] = (uint8_t)((uint64_t)p->size >> (8 * b));
         h = XXH3_64bits_withSeed(size, sizeof(size), h);
+        h = model_sample(p->map + p->data_start, p->size - p->data_start, h);
     }
     return h;
 }

@@ -88,7 +88,11 @@ size_t model_file_n_parts(const model_file *f);
 const gguf_part *model_file_part(const model_file *f, size_t i); /* part 0 has the keys */
 const char *model_file_path(const model_file *f);
 const gguf_key *model_file_key(const model_file *f, const char *name); /* NULL: absent */
-/* XXH3 over header, metadata and directory of every part and the sizes of the files. */
+/* Goes on with the XXH3 h over a sample of n bytes of weights, 16 places evenly spaced: two
+ * trainings of one model differ in nothing else. */
+uint64_t model_sample(const uint8_t *data, size_t n, uint64_t h);
+/* XXH3 over header, metadata and directory of every part, the sizes of the files, and a sample of
+ * their data. */
 uint64_t model_file_digest(const model_file *f);
 /* model_forget of bytes of this file. */
 void model_file_forget(const model_file *f, const void *p, size_t bytes);

@@ -86,8 +86,8 @@ typedef struct model {
     model_shape shape;
     const model_tensor *token_embd, *output_norm, *output; /* output == token_embd when tied */
     model_layer *layers;                                   /* [n_layers] */
-    /* XXH3 over the tensor directory and metadata, of a folder also over a sample of the data:
-     * equal on every rank or refused */
+    /* XXH3 over the tensor directory, metadata and a sample of the data: equal on every rank or
+     * refused */
     uint64_t digest;
 } model;
 

@@ -27,7 +27,6 @@
 #define FILE_END  ".safetensors"
 #define INDEX_END ".safetensors.index.json"
 enum { MAX_PARTS = 65536, MAX_FILE_NAME = 255 };
-enum { N_SAMPLES = 16, SAMPLE = 4096 }; /* of the data of a file, for the digest */
 
 struct st_file {
     char *path, *folder;
@@ -450,17 +449,6 @@ void st_note(const st_file *f, size_t i, const char **key, const char **value)
     *value = f->parts[0].notes[i].value;
 }
 
-/* Headers of two trainings of one model are equal: places of the data, evenly spaced, are not. */
-static uint64_t sample(const st_part *p, uint64_t h)
-{
-    size_t n = p->size - p->data_start, step = n / N_SAMPLES + 1;
-    for (size_t at = 0; at < n; at += step) {
-        size_t left = n - at, take = step < SAMPLE ? step : SAMPLE;
-        h = XXH3_64bits_withSeed(p->map + p->data_start + at, take < left ? take : left, h);
-    }
-    return h;
-}
-
 uint64_t st_digest(const st_file *f)
 {
     uint64_t h = 0;
@@ -471,7 +459,7 @@ uint64_t st_digest(const st_file *f)
         h = XXH3_64bits_withSeed(p->name, strlen(p->name), h);
         h = XXH3_64bits_withSeed(p->map, p->data_start, h);
         h = XXH3_64bits_withSeed(size, sizeof(size), h);
-        h = sample(p, h);
+        h = model_sample(p->map + p->data_start, p->size - p->data_start, h);
     }
     return h;
 }
