@@ -310,9 +310,13 @@ int main(int argc, char **argv)
     check_quick = argc > 1 && strcmp(argv[1], "quick") == 0;
     printf("seed %llu\n", (unsigned long long)state);
     if (kern_select("auto", &err) != EP_OK) return 1;
-    if (compute_open(&ops, &gpu, "cuda:0", 1, &err) != EP_OK) {
+    if (compute_cuda.can_open("cuda:0", &err) != EP_OK) {
         printf("skipped: %s\n", err.text);
         return 77;
+    }
+    if (compute_open(&ops, &gpu, "cuda:0", 1, &err) != EP_OK) { /* there is one: no skip */
+        printf("FAILED: %s\n", err.text);
+        return 1;
     }
     printf("%s\n", ops->describe(gpu));
     if (compute_open(&ops, &cpu, "cpu", 4, &err) != EP_OK) return 1;
