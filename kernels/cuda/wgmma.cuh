@@ -10,7 +10,20 @@
 #include "kernels/cuda/gemm.cuh"
 #include "kernels/cuda/stage.h"
 
-enum { WGMMA_THREADS = 384, GROUP_THREADS = 128, FILLER_REGISTERS = 72, MULTIPLIER_REGISTERS = 216 };
+// A block starts with START_REGISTERS per thread (cuda_spills checks it); who takes more waits until others have given
+// them, for ever if they are too few.
+enum {
+    WGMMA_THREADS = 384,
+    GROUP_THREADS = 128,
+    START_REGISTERS = 65536 / 384 / 8 * 8,
+    FILLER_REGISTERS = 72,
+    MULTIPLIER_REGISTERS = 216
+};
+static_assert(FILLER_REGISTERS % 8 == 0 && MULTIPLIER_REGISTERS % 8 == 0, "what setmaxnreg takes");
+static_assert(FILLER_REGISTERS <= START_REGISTERS && MULTIPLIER_REGISTERS >= START_REGISTERS, "give, take");
+static_assert(FILLER_REGISTERS * GROUP_THREADS + MULTIPLIER_REGISTERS * (WGMMA_THREADS - GROUP_THREADS) <=
+                  START_REGISTERS * WGMMA_THREADS,
+              "a block has no more registers than it started with");
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
