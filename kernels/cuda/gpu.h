@@ -80,6 +80,9 @@ size_t gpu_gemm_smem(const gpu_gemm *g, int form);
  * for. */
 int gpu_gemm_prepare(int smem_limit);
 int gpu_side_prepare(void); /* a part of it */
+/* For which compute capability the kernels in use were compiled: 80, 90, ... (not always the
+ * device's: the driver can make kernels from what was built for an older one). 0 on error. */
+int gpu_compiled_for(void);
 int gpu_launch_gemm(const gpu_gemm *g, int form, int n_blocks, int chained, gpu_stream stream);
 /* Blocks of a product kernel that fit on one multiprocessor; 0 on error. */
 int gpu_gemm_occupancy(const gpu_gemm *g, int form);

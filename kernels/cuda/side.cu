@@ -285,6 +285,12 @@ template <typename K> static cudaError_t load(K kernel)
     return cudaFuncGetAttributes(&a, kernel);
 }
 
+extern "C" int gpu_compiled_for(void)
+{
+    cudaFuncAttributes a;
+    return cudaFuncGetAttributes(&a, rows_kernel) == cudaSuccess ? a.ptxVersion : 0;
+}
+
 extern "C" int gpu_side_prepare(void)
 {
     cudaError_t e = load(rows_kernel);
