@@ -67,7 +67,10 @@ ep_status rank_shard_run(rank *r, ep_err *err)
         rank_send_ready(r, shard_describe(me.s), shard_counters_get(me.s)->weight_bytes, "", 0);
         status = shard_serve(me.s, r->n, on_tick, &me);
         if (status == EP_OK && r->drained) rank_send_drained(r);
-        if (status != EP_OK) ep_fail(err, status, "serving ended: %s", ep_status_name(status));
+        const char *why = shard_failure(me.s);
+        if (status != EP_OK)
+            ep_fail(err, status, "serving ended: %s",
+                    why[0] != '\0' ? why : ep_status_name(status));
     }
     shard_close(me.s);
     return status;

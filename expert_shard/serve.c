@@ -7,7 +7,8 @@
  *  3. A reply without a free buffer or without credit waits for progress, at most
  *     REPLY_DEADLINE_MS; after that it is given up and counted. The router sends the slice again.
  *  4. tick is called when something woke the loop without a message, and at least every TICK_MS.
- *  5. After shard_drain what was received is answered, then the loop returns; stop returns at once.
+ *  5. After shard_drain, and when the device is lost, what was received is answered, then the loop
+ *     returns; stop returns at once.
  * It does not look into messages (shard.c) and never allocates.
  */
 #include "expert_shard/store.h"
@@ -143,7 +144,7 @@ static void serve_loop(shard *s)
     ep_time drain_end = EP_TIME_NEVER;
     while (!is_stopped(s)) {
         ep_time now = ep_now();
-        bool is_draining = atomic_load_explicit(&s->drain, memory_order_acquire);
+        bool is_draining = s->device_lost || atomic_load_explicit(&s->drain, memory_order_acquire);
         if (is_draining && drain_end.ns == EP_TIME_NEVER.ns)
             drain_end = ep_time_after_ms(now, DRAIN_MS);
         bool is_late = is_draining && ep_time_is_past(drain_end, now);
@@ -191,7 +192,7 @@ ep_status shard_serve(shard *s, net *n, void (*tick)(void *arg), void *tick_arg)
     pthread_mutex_lock(&s->lock);
     s->n = NULL;
     pthread_mutex_unlock(&s->lock);
-    return s->net_lost ? s->net_status : EP_OK;
+    return s->net_lost ? s->net_status : s->device_lost ? EP_ERR_DEVICE : EP_OK;
 }
 
 static void set_and_wake(shard *s, atomic_bool *flag)

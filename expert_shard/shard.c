@@ -11,6 +11,7 @@
  */
 #include "expert_shard/store.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -137,6 +138,11 @@ const char *shard_describe(const shard *s)
     return s->store.ops->describe(s->store.device);
 }
 
+const char *shard_failure(const shard *s)
+{
+    return s->failure;
+}
+
 kern_act shard_layer_form(const shard *s, int layer)
 {
     return s->store.forms[layer];
@@ -201,6 +207,13 @@ static wire_reason compute_slice(shard *s, const void *msg, const wire_header *h
         log_error("shard %d, layer %d: the device failed: %s", s->shard_i, h->layer,
                   ep_status_name(status));
     s->device_failed = true;
+    if (status == EP_ERR_DEVICE && !s->device_lost) {
+        const char *what = s->store.ops->failure != NULL ? s->store.ops->failure(s->store.device)
+                                                         : shard_describe(s);
+        snprintf(s->failure, sizeof(s->failure), "shard %d, layer %d: %s", s->shard_i, h->layer,
+                 what);
+        s->device_lost = true;
+    }
     return WIRE_WHY_DEVICE;
 }
 

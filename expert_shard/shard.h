@@ -36,8 +36,11 @@ void shard_close(shard *s);
 
 /* Serves until shard_stop, or until shard_drain was called and what was received before is
  * answered. `tick` is called between messages at least every 200 ms (control work of the rank); may
- * be NULL. */
+ * be NULL. EP_ERR_DEVICE when the device was lost: what was received is answered (refused), and
+ * shard_failure says what happened. */
 ep_status shard_serve(shard *s, net *n, void (*tick)(void *arg), void *tick_arg);
+/* "shard 1, layer 3: device cuda:0: ..." once the device is lost, else "". */
+const char *shard_failure(const shard *s);
 void shard_stop(shard *s);  /* any thread */
 void shard_drain(shard *s); /* any thread: finish, then return from shard_serve */
 

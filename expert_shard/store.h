@@ -49,6 +49,8 @@ struct shard {
 
     shard_counters counters;
     bool device_failed; /* said once */
+    bool device_lost;   /* no slice will be computed any more */
+    char failure[320];  /* what shard_failure says */
 
     /* The serving loop; `waiting` is a ring. */
     shard_waiting waiting[SHARD_WAITING_MAX];

@@ -61,8 +61,12 @@ typedef struct compute_ops {
     /* Scratch for passes of at most max_rows rows and max_pairs pairs over any stack opened so far.
      * Call after all stacks are open; afterwards ffn does not allocate. */
     ep_status (*reserve)(compute *c, int max_rows, int max_pairs);
-    /* gate, up, SwiGLU, down for every pair; returns when `out` is complete. */
+    /* gate, up, SwiGLU, down for every pair; returns when `out` is complete. After EP_ERR_DEVICE
+     * the device is lost to this process: every call gives the same. */
     ep_status (*ffn)(compute *c, compute_stack *s, const compute_ffn_args *a);
+    /* Which device was lost, in which kernel or copy, and how; "" before. Lives as long as c. NULL
+     * for devices that cannot be lost. */
+    const char *(*failure)(const compute *c);
 } compute_ops;
 
 extern const compute_ops compute_cpu;

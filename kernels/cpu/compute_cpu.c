@@ -252,4 +252,5 @@ const compute_ops compute_cpu = {
     .stack_close = cpu_stack_close,
     .reserve = cpu_reserve,
     .ffn = cpu_ffn,
+    .failure = NULL,
 };

@@ -31,7 +31,7 @@ enum { ROLE_GATE_UP, ROLE_DOWN };
 struct compute {
     int device, n_sm, smem_limit;
     bool lost, has_lock;
-    char line[240];
+    char line[240], failure[240]; /* failure: of what was lost */
     gpu_forms forms;
     pthread_mutex_t lock;
     cudaStream_t stream;
@@ -62,11 +62,15 @@ struct compute_stack {
 
 static ep_status lose(compute *c, cudaError_t e, const char *what)
 {
-    if (!c->lost)
+    if (e == cudaErrorMemoryAllocation && !c->lost) {
         log_error("device cuda:%d: %s: %s (%d)", c->device, what, cudaGetErrorString(e), (int)e);
-    if (e == cudaErrorMemoryAllocation) {
         cudaGetLastError();
         return EP_ERR_NOMEM;
+    }
+    if (!c->lost) {
+        snprintf(c->failure, sizeof c->failure, "device cuda:%d: %s: %s (%d)", c->device, what,
+                 cudaGetErrorString(e), (int)e);
+        log_error("%s", c->failure);
     }
     c->lost = true;
     return EP_ERR_DEVICE;
@@ -558,12 +562,13 @@ static ep_status copy_in(compute *c, void *dst, const void *src, size_t bytes, i
     return EP_OK;
 }
 
-static ep_status copy_out(compute *c, void *dst, const void *src, size_t bytes)
+/* `after`: the launch that a failure is of, as kernels fail while the host waits for them. */
+static ep_status copy_out(compute *c, void *dst, const void *src, size_t bytes, const char *after)
 {
     size_t n[2] = {0, 0}, from[2] = {0, 0};
     int slot = 0;
     for (size_t at = 0; at < bytes + 2 * (size_t)COPY_BYTES; at += COPY_BYTES, slot ^= 1) {
-        ep_status s = check(c, cudaEventSynchronize(c->copied[slot]), "a kernel or the copy back");
+        ep_status s = check(c, cudaEventSynchronize(c->copied[slot]), after);
         if (s != EP_OK) return s;
         memcpy((uint8_t *)dst + from[slot], c->pinned[slot], n[slot]);
         n[slot] = 0;
@@ -598,6 +603,12 @@ static bool is_sound(const compute_ffn_args *a, int n_experts, int *active)
     return true;
 }
 
+/* CUDA does not say which kernel of a graph failed. */
+static const char *const pass_names[GPU_FORMS] = {
+    [GPU_FORM_SPLIT] = "a pass (list, rows and split product kernels)",
+    [GPU_FORM_WIDE] = "a pass (list, rows and wide product kernels)",
+    [GPU_FORM_WGMMA] = "a pass (list, rows and wgmma product kernels)"};
+
 static ep_status cuda_ffn(compute *c, compute_stack *s, const compute_ffn_args *a)
 {
     int active, bucket = 0, slot = 0;
@@ -623,11 +634,16 @@ static ep_status cuda_ffn(compute *c, compute_stack *s, const compute_ffn_args *
         bucket++;
     int form = gpu_forms_choose(&c->forms, s->wgmma, a->n_pairs, active);
     int floats = a->act == KERN_ACT_F32;
-    status =
-        check(c, cudaGraphLaunch(s->graph[bucket][form][floats], c->stream), "launch of a pass");
+    status = check(c, cudaGraphLaunch(s->graph[bucket][form][floats], c->stream), pass_names[form]);
     if (status == EP_OK)
-        status = copy_out(c, a->out, c->out, pairs * (size_t)s->shape.hidden * sizeof(float));
+        status = copy_out(c, a->out, c->out, pairs * (size_t)s->shape.hidden * sizeof(float),
+                          pass_names[form]);
     return status;
+}
+
+static const char *cuda_failure(const compute *c)
+{
+    return c->failure;
 }
 
 const compute_ops compute_cuda = {
@@ -645,4 +661,5 @@ const compute_ops compute_cuda = {
     .stack_close = cuda_stack_close,
     .reserve = cuda_reserve,
     .ffn = cuda_ffn,
+    .failure = cuda_failure,
 };

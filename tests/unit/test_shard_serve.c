@@ -2,6 +2,7 @@
  * The serving loop over loopback: ranks 0 and 1 ask, rank 2 is the shard. Every answer is compared
  * by bits with shard_answer of a second shard, whatever happens to the messages on their way.
  */
+#include "expert_shard/store.h"
 #include "tests/unit/shard_fixture.h"
 
 #include <pthread.h>
@@ -341,6 +342,48 @@ static void drain(void)
     rig_close(r);
 }
 
+/* ---- a device that is lost ---- */
+
+static int n_good; /* passes before that */
+
+static ep_status failing_ffn(compute *c, compute_stack *s, const compute_ffn_args *a)
+{
+    return n_good-- > 0 ? compute_cpu.ffn(c, s, a) : EP_ERR_DEVICE;
+}
+
+static const char *failing_why(const compute *c)
+{
+    (void)c;
+    return "device cuda:7: gate_up kernel: out of order";
+}
+
+/* The shard refuses what it has, leaves by itself, and says which shard, device and kernel. */
+static void lost_device(void)
+{
+    rig *r = &the_rig;
+    compute_ops ops = compute_cpu;
+    ops.ffn = failing_ffn;
+    ops.failure = failing_why;
+    n_good = 3;
+    if (rig_open(r, NULL, 64)) {
+        asker a = asker_make(r, 0, 1);
+        CHECK_STR(shard_failure(r->s), "");
+        r->s->store.ops = &ops; /* nothing is being computed yet */
+        ask_all(&a, 3);
+        for (int i = 3; i < 6; i++)
+            ask_one(&a, i);
+        rig_join(r);
+        CHECK_INT(r->served, EP_ERR_DEVICE);
+        take_all(&a);
+        CHECK_INT(a.n_answered, 3);
+        CHECK(a.n_errors > 0 && a.n_wrong == 0);
+        CHECK(shard_counters_get(r->s)->errors[WIRE_WHY_DEVICE] > 0);
+        CHECK(strstr(shard_failure(r->s), "shard 0, layer ") != NULL);
+        CHECK(strstr(shard_failure(r->s), ": device cuda:7: gate_up kernel: ") != NULL);
+    }
+    rig_close(r);
+}
+
 static void ticks_and_stop(void)
 {
     rig *r = &the_rig;
@@ -393,6 +436,7 @@ static const test_case cases[] = {
     {"few_buffers", few_buffers},
     {"router_dies", router_dies},
     {"drain", drain},
+    {"lost_device", lost_device},
     {"ticks_and_stop", ticks_and_stop},
     {"small_messages", small_messages},
 };
