@@ -27,18 +27,18 @@ static bool is_kind(const char *device, const char *kind)
 static ep_status open_auto(const compute_ops **ops, compute **out, int n_threads, ep_err *err)
 {
     ep_status s = EP_ERR_UNSUPPORTED;
+    ep_err why = {{0}};
     for (int i = 0; i < n_devices; i++) {
         const char *device = strcmp(devices[i]->kind, "cpu") == 0 ? "cpu" : "cuda:0";
-        ep_err why = {{0}};
         s = devices[i]->can_open(device, &why);
-        if (s == EP_OK) s = devices[i]->open(out, device, n_threads, err);
+        if (s == EP_OK) s = devices[i]->open(out, device, n_threads, &why);
         if (s == EP_OK) {
             *ops = devices[i];
             return EP_OK;
         }
-        if (why.text[0] != '\0') log_info("device auto: %s", why.text);
+        log_info("device auto: %s", why.text);
     }
-    return s;
+    return ep_fail(err, s, "%s", why.text);
 }
 
 ep_status compute_open(const compute_ops **ops, compute **out, const char *device, int n_threads,
