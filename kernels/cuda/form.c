@@ -275,6 +275,7 @@ ep_status gpu_forms_open(gpu_forms *f, int device, int smem_limit, ep_err *err)
                        device,
                        possible ? "this program was not built for sm_90a"
                                 : "that needs compute capability 9.0");
-    say_found(f, asks && !missing, form);
+    f->runs_wgmma = asks && !missing;
+    say_found(f, f->runs_wgmma, form);
     return EP_OK;
 }

@@ -12,6 +12,7 @@
 typedef struct gpu_forms {
     bool only_wgmma; /* by MOED_CUDA_FORM */
     uint32_t wgmma;  /* types that the wgmma form serves, by bit */
+    bool runs_wgmma; /* it works here, whatever its bits: for tests and measurements */
     bool chained;    /* launches of a pass may overlap */
     char line[112];  /* what was found, for people */
 } gpu_forms;

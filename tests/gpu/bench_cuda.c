@@ -3,8 +3,9 @@
  * SwiGLU, hidden rows, down), as a shard queues it. A graph holds one pass over each of eight
  * layers, whose weights are apart in memory, with four routings in turn, so that no cache serves
  * twice; events stand around replays of it. Every form of the product kernels is timed (0: not on
- * this device); the ceiling is a pure read of 4 GiB in the same run. MOED_CUDA_CHAIN=off times
- * launches that do not overlap.
+ * this device), also one that does not serve because its bits differ; the columns behind are of the
+ * fastest that serves. The ceiling is a pure read of 4 GiB in the same run. MOED_CUDA_CHAIN=off
+ * times launches that do not overlap.
  *
  * Weights: four random experts of the type, packed on the CPU and repeated. The error is that of
  * two result rows against float64 of the same weights.
@@ -246,7 +247,7 @@ static int by_value(const void *a, const void *b)
 /* Median microseconds of one layer; 0 when the device has no such form. */
 static double time_layers(const bench *b, const routing *r, int form)
 {
-    if (form == GPU_FORM_WGMMA && !gpu_forms_serve(&forms, b->type, b->type)) return 0;
+    if (form == GPU_FORM_WGMMA && !forms.runs_wgmma) return 0;
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     cudaEvent_t from, to;
@@ -369,8 +370,9 @@ static void bench_shape(int shape, int type, double ceiling)
         double us[GPU_FORMS];
         int best_form = 0;
         for (int form = 0; form < GPU_FORMS; form++) {
+            bool serves = form != GPU_FORM_WGMMA || gpu_forms_serve(&forms, type, type);
             us[form] = time_layers(&b, r, form);
-            if (us[form] > 0 && us[form] < us[best_form]) best_form = form;
+            if (serves && us[form] > 0 && us[form] < us[best_form]) best_form = form;
         }
         double best = us[best_form], error = error_of(&b, &r[0], best_form);
         double bytes = active * (double)(b.m[0].bytes + b.m[1].bytes) +

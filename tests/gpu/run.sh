@@ -19,7 +19,7 @@ step() {
     printf '\n==== %s (%s s)\n' "$*" "$(spent)"
     [ "$left" -ge 10 ] || { echo "==== skipped: no time left" && return; }
     [ "$most" -le "$left" ] || most=$left
-    timeout "$most" "$@"
+    timeout -k 5 "$most" "$@"
     ended=$?
     [ "$ended" -ne 0 ] || return
     [ "$ended" -eq 77 ] || echo "==== failed: $ended"
