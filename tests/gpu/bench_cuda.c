@@ -254,6 +254,7 @@ static double time_layers(const bench *b, const routing *r, int form)
     float sample[SAMPLES], ms = 0;
     must(cudaEventCreate(&from), "event");
     must(cudaEventCreate(&to), "event");
+    must(cudaDeviceSynchronize(), "copies"); /* they are not of the stream, which waits for none */
     must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
     for (int l = 0; l < LAYERS; l++)
         queue_layer(b, &r[l % ROUTINGS], l, form);

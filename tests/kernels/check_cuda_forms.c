@@ -19,6 +19,7 @@ enum { N = 200, EXPERTS = 3, BEFORE = 5, MOST = 1000, ROWS = 37, PAIRS = BEFORE 
 static const int sizes[] = {1, 4, 16, 63, 64, 65, 128, 129, 257, MOST};
 static gpu_forms forms;
 static int n_sm, smem_limit;
+static cudaStream_t stream;
 
 typedef struct product {
     gpu_matrix m;
@@ -110,14 +111,15 @@ static void run(product *p, int form, int pairs)
     size_t bytes = sizeof(float) * (size_t)pairs * N;
     gpu_gemm_plan(&g, form, smem_limit);
     int blocks = n_sm * gpu_gemm_occupancy(&g, form);
-    check_cuda_call(cudaMemset(p->out, 0xff, bytes), "memset");
+    check_cuda_call(cudaDeviceSynchronize(), "copies"); /* they are not of that stream */
+    check_cuda_call(cudaMemsetAsync(p->out, 0xff, bytes, stream), "memset");
     check_cuda_call(
-        gpu_launch_list(p->offset, EXPERTS, gpu_form_width(form), p->list, p->n_entries, NULL),
+        gpu_launch_list(p->offset, EXPERTS, gpu_form_width(form), p->list, p->n_entries, stream),
         "list kernel");
     check_cuda_call(gpu_launch_rows(KERN_ACT_F32, p->x_in, p->rows, p->n_rows, ROWS, p->m.k,
-                                    p->m.type == KERN_BF16, form, forms.chained, NULL),
+                                    p->m.type == KERN_BF16, form, forms.chained, stream),
                     "rows kernel");
-    check_cuda_call(gpu_launch_gemm(&g, form, blocks, forms.chained, NULL), "product kernel");
+    check_cuda_call(gpu_launch_gemm(&g, form, blocks, forms.chained, stream), "product kernel");
     check_cuda_call(cudaDeviceSynchronize(), "product kernel");
     check_cuda_call(cudaMemcpy(p->got[form], p->out, bytes, cudaMemcpyDeviceToHost), "copy");
 }
@@ -200,9 +202,11 @@ void check_forms(void)
         check_fail("forms: %s", err.text);
         return;
     }
-    printf("forms: %s\n", forms.line);
+    printf("forms: %s, launches %schained\n", forms.line, forms.chained ? "" : "not ");
+    check_cuda_call(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
     for (int t = 0; t < 6; t++) {
         check_product(types[t], 768, 0);
         check_product(types[t], check_quick ? 512 : 2304, 1); /* 2304: segments of two tiles */
     }
+    cudaStreamDestroy(stream);
 }
