@@ -1,7 +1,7 @@
 #!/bin/sh
 # chain.sh SOURCE_FOLDER NVCC: the rules of chain.cuh, read off the code that the compiler made (PTX for sm_90a): a
 # kernel that waits for the launch before it stores nothing to global memory before that, loads only past the L1, and
-# uses the read-only path nowhere.
+# uses the read-only path nowhere. And the rules of wgmma (in_flight.py).
 cd "$1" || exit 1
 nvcc=$2 status=0
 ptx=$(mktemp)
@@ -25,5 +25,6 @@ for file in kernels/cuda/side.cu kernels/cuda/gemm_*.cu; do
         waits == 0 && /griddepcontrol\.launch_dependents/ { early = early "  releases before it waits\n" }
         /ld\.global[a-z.0-9:]*\.nc/ { early = early "  read-only path: " $0 "\n" }
         END { close_entry(); printf "%s: %d kernels wait\n", file, n; exit bad || n < 2 }' "$ptx" || status=1
+    case $file in */gemm_*) python3 -B tests/gpu/in_flight.py "$ptx" || status=1 ;; esac
 done
 exit $status
