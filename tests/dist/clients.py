@@ -242,6 +242,22 @@ def test_strangers():
         d.stop()
 
 
+def test_silent_tensor_clients():
+    """Connections to a router's tensor service that ask nothing give way to one that does."""
+    with Daemon() as d:
+        d.start()
+        x, y = os.path.join(d.folder, "x.npy"), os.path.join(d.folder, "y.npy")
+        write_npy(x, 2, 64)
+        idle = [Client(d.socket + ".r0") for _ in range(40)]
+        idle[-1].send(b"MOF1")  # a frame that never ends
+        for _ in range(3):
+            check(d.ctl("forward", "--layer", 0, "--in", x, "--out", y).returncode == 0, "no answer beside silent connections")
+        for c in idle:
+            c.close()
+        check(d.ctl("forward", "--layer", 0, "--in", x, "--out", y).returncode == 0, "no answer after silent connections")
+        d.stop()
+
+
 def test_any_bytes():
     """Names and paths that are no UTF-8, or hold quotes, still give JSON."""
     with Daemon() as d:
@@ -341,4 +357,4 @@ def test_hangup():
 
 if __name__ == "__main__":
     main([test_numbers, test_unknown_fields, test_never_reads, test_connections, test_many_small, test_not_a_socket,
-          test_two_at_once, test_hangup, test_strangers, test_any_bytes, test_closed_files])
+          test_two_at_once, test_hangup, test_strangers, test_silent_tensor_clients, test_any_bytes, test_closed_files])
