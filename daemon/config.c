@@ -41,19 +41,21 @@ static void complain(reader *r, const yaml_node_t *node, const char *fmt, ...)
     size_t line = node ? node->start_mark.line + 1 : 1,
            col = node ? node->start_mark.column + 1 : 1;
     int n = snprintf(at, left, "%s%s:%zu:%zu: ", r->err_len ? "\n" : "", r->name, line, col);
-    if (n < 0 || (size_t)n >= left) {
-        *at = '\0'; /* a message that does not fit whole is left out */
-        return;
+    int m = -1;
+    if (n >= 0 && (size_t)n < left) {
+        va_list ap;
+        va_start(ap, fmt);
+        m = vsnprintf(at + n, left - (size_t)n, fmt, ap);
+        va_end(ap);
     }
-    va_list ap;
-    va_start(ap, fmt);
-    int m = vsnprintf(at + n, left - (size_t)n, fmt, ap);
-    va_end(ap);
-    if (m < 0 || (size_t)(n + m) >= left) {
+    /* A message that does not fit whole is left out; the first, which quotes something very long,
+     * is cut. */
+    if (m >= 0 && (size_t)(n + m) < left)
+        r->err_len += (size_t)(n + m);
+    else if (r->err_len > 0)
         *at = '\0';
-        return;
-    }
-    r->err_len += (size_t)(n + m);
+    else
+        r->err_len = left - 1;
 }
 
 static const char *keep(reader *r, const char *s, size_t n)
