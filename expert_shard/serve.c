@@ -7,12 +7,15 @@
  *  3. A reply without a free buffer or without credit waits for progress, at most
  *     REPLY_DEADLINE_MS; after that it is given up and counted. The router sends the slice again.
  *  4. tick is called when something woke the loop without a message, and at least every TICK_MS.
- *  5. After shard_drain, and when the device is lost, what was received is answered, then the loop
+ *  5. While the device computes one slice the next one is begun (rows on their way to it), as many
+ *     as the device takes at once. Answers leave in the order in which slices were begun.
+ *  6. After shard_drain, and when the device is lost, what was received is answered, then the loop
  *     returns; stop returns at once.
  * It does not look into messages (shard.c) and never allocates.
  */
 #include "expert_shard/store.h"
 
+#include <sched.h>
 #include <time.h>
 
 #define TICK_MS           100
@@ -70,57 +73,92 @@ static void make_progress(shard *s)
     if (ep_time_is_past(s->next_tick, ep_now())) run_tick(s);
 }
 
-/* A buffer for a reply. False: none came free in time (rule 3). */
+static void put_spare(shard *s, net_buf *b)
+{
+    if (s->spare == NULL)
+        s->spare = b;
+    else
+        net_give(s->n, b);
+}
+
+/* A buffer for a reply. False: none came free in time (rule 3). While a pass is under way nothing
+ * is waited for: its end sends a reply, and that gives buffers. */
 static bool take_spare(shard *s)
 {
     ep_time deadline = ep_time_after_ms(ep_now(), REPLY_DEADLINE_MS);
     while (s->spare == NULL) {
         s->spare = net_take(s->n, s->reply_bytes);
         if (s->spare != NULL) break;
-        if (is_stopped(s) || ep_time_is_past(deadline, ep_now())) return false;
+        if (s->n_flying > 0 || is_stopped(s) || ep_time_is_past(deadline, ep_now())) return false;
         make_progress(s);
     }
     return true;
 }
 
-/* Sends the reply in `spare`; gives it up after the deadline. */
-static void send_reply(shard *s, int peer)
+/* After the deadline the reply is given up, and its buffer is the spare one. */
+static void send_reply(shard *s, int peer, net_buf *b)
 {
     ep_time deadline = ep_time_after_ms(ep_now(), REPLY_DEADLINE_MS);
     for (;;) {
-        net_buf *b = s->spare;
         ep_status status = net_send(s->n, peer, b);
-        if (status != EP_AGAIN) {
-            s->spare = NULL;
-            if (status != EP_OK) shard_count(&s->counters.unsent, 1);
-            return;
-        }
-        if (is_stopped(s) || ep_time_is_past(deadline, ep_now())) {
+        if (status == EP_OK) return;
+        if (status != EP_AGAIN || is_stopped(s) || ep_time_is_past(deadline, ep_now())) {
             shard_count(&s->counters.unsent, 1);
-            return; /* the buffer stays the spare one */
+            if (status == EP_AGAIN) put_spare(s, b);
+            return;
         }
         make_progress(s);
     }
 }
 
-static void answer_next(shard *s)
+static shard_waiting pop_waiting(shard *s)
 {
     shard_waiting w = s->waiting[s->waiting_at];
     s->waiting_at = (s->waiting_at + 1) % SHARD_WAITING_MAX;
     s->n_waiting--;
+    return w;
+}
+
+/* Begins to answer the next waiting message. False: only once a pass under way has ended. */
+static bool take_off(shard *s)
+{
+    if (s->n_waiting == 0 || s->n_flying == s->store.ops->depth) return false;
     if (!take_spare(s)) {
+        if (s->n_flying > 0) return false;
         shard_count(&s->counters.unsent, 1);
-        net_give(s->n, w.buf);
+        net_give(s->n, pop_waiting(s).buf);
+        return true;
+    }
+    shard_waiting w = pop_waiting(s);
+    shard_flying *y = &s->flying[(s->flying_at + s->n_flying++) % COMPUTE_DEPTH];
+    *y = (shard_flying){.msg = w.buf, .reply = s->spare};
+    s->spare = NULL;
+    shard_answer_begin(s, &y->f, w.buf->data, w.buf->len, (uint16_t)w.buf->peer,
+                       (uint64_t)ep_time_diff_ns(ep_now(), w.since), y->reply->data);
+    return true;
+}
+
+/* Ends the oldest answer under way and sends it. */
+static void land(shard *s)
+{
+    shard_flying y = s->flying[s->flying_at];
+    s->flying_at = (s->flying_at + 1) % COMPUTE_DEPTH;
+    s->n_flying--;
+    if (y.f.is_computing) shard_answer_end(s, &y.f);
+    int peer = y.msg->peer;
+    net_give(s->n, y.msg);
+    if (y.f.reply_bytes == 0) {
+        put_spare(s, y.reply);
         return;
     }
-    size_t bytes;
-    int peer = w.buf->peer;
-    shard_answer_waited(s, w.buf->data, w.buf->len, (uint16_t)peer,
-                        (uint64_t)ep_time_diff_ns(ep_now(), w.since), s->spare->data, &bytes);
-    net_give(s->n, w.buf);
-    if (bytes == 0) return;
-    s->spare->len = bytes;
-    send_reply(s, peer);
+    y.reply->len = y.f.reply_bytes;
+    send_reply(s, peer, y.reply);
+}
+
+static bool can_land(const shard *s)
+{
+    const shard_flying *y = &s->flying[s->flying_at];
+    return s->n_flying > 0 && (!y->f.is_computing || s->store.ops->ffn_is_done(s->store.device));
 }
 
 static void wait_idle(shard *s)
@@ -149,8 +187,12 @@ static void serve_loop(shard *s)
             drain_end = ep_time_after_ms(now, DRAIN_MS);
         bool is_late = is_draining && ep_time_is_past(drain_end, now);
         if (!is_late) receive(s);
-        if (s->n_waiting > 0) {
-            answer_next(s);
+        if (s->n_waiting + s->n_flying > 0) {
+            bool has_begun = take_off(s);
+            if (can_land(s))
+                land(s);
+            else if (!has_begun)
+                sched_yield(); /* the device works; receiving goes on */
             if (ep_time_is_past(s->next_tick, ep_now())) run_tick(s);
         } else if (is_draining) {
             flush(s);
@@ -161,18 +203,47 @@ static void serve_loop(shard *s)
     }
 }
 
+/* The device reads rows from the transport's buffers and writes results into them by itself. */
+static void pin(shard *s)
+{
+    const compute_ops *ops = s->store.ops;
+    s->is_pinned = ops->pin != NULL && s->n->memory != NULL && s->store.n_owned > 0 &&
+                   ops->pin(s->store.device, s->n->memory, s->n->memory_bytes) == EP_OK;
+}
+
+static void unpin(shard *s)
+{
+    if (s->is_pinned) s->store.ops->unpin(s->store.device, s->n->memory);
+    s->is_pinned = false;
+}
+
+/* What was received and not answered. The device may still be writing to its buffers. */
+static void abandon(shard *s)
+{
+    for (; s->n_flying > 0; s->n_flying--) {
+        shard_flying *y = &s->flying[s->flying_at];
+        s->flying_at = (s->flying_at + 1) % COMPUTE_DEPTH;
+        if (y->f.is_computing) shard_answer_end(s, &y->f);
+        net_give(s->n, y->msg);
+        net_give(s->n, y->reply);
+    }
+    while (s->n_waiting > 0)
+        net_give(s->n, pop_waiting(s).buf);
+}
+
 ep_status shard_serve(shard *s, net *n, void (*tick)(void *arg), void *tick_arg)
 {
     s->tick = tick;
     s->tick_arg = tick_arg;
     s->net_lost = false;
     s->net_status = EP_OK;
-    s->waiting_at = s->n_waiting = 0;
+    s->waiting_at = s->n_waiting = s->flying_at = s->n_flying = 0;
     s->reply_bytes = wire_reply_bytes((uint32_t)s->hidden, (uint32_t)s->max_pairs);
     s->next_tick = ep_time_after_ms(ep_now(), TICK_MS);
     pthread_mutex_lock(&s->lock);
     s->n = n;
     pthread_mutex_unlock(&s->lock);
+    pin(s);
 
     if (take_spare(s))
         serve_loop(s);
@@ -182,13 +253,10 @@ ep_status shard_serve(shard *s, net *n, void (*tick)(void *arg), void *tick_arg)
         lose_net(s, EP_ERR_TOO_LARGE);
     }
 
-    while (s->n_waiting > 0) { /* only after stop or a lost transport */
-        net_give(n, s->waiting[s->waiting_at].buf);
-        s->waiting_at = (s->waiting_at + 1) % SHARD_WAITING_MAX;
-        s->n_waiting--;
-    }
+    abandon(s); /* only after stop or a lost transport there is anything */
     if (s->spare != NULL) net_give(n, s->spare);
     s->spare = NULL;
+    unpin(s);
     pthread_mutex_lock(&s->lock);
     s->n = NULL;
     pthread_mutex_unlock(&s->lock);

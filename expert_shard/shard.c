@@ -189,20 +189,9 @@ static wire_reason sort_pairs(shard *s, const void *msg, const wire_header *h)
     return WIRE_WHY_NONE;
 }
 
-static wire_reason compute_slice(shard *s, const void *msg, const wire_header *h, void *reply)
+/* Says it once, and keeps what shard_failure says. */
+static wire_reason device_failed(shard *s, const wire_header *h, ep_status status)
 {
-    wire_reason why = sort_pairs(s, msg, h);
-    if (why != WIRE_WHY_NONE) return why;
-    compute_ffn_args args = {.rows = wire_slice_rows(msg, h),
-                             .act = (kern_act)h->form,
-                             .n_rows = (int)h->n_rows,
-                             .n_pairs = (int)h->n_pairs,
-                             .expert_offset = s->expert_offset,
-                             .pair_row = s->pair_row,
-                             .pair_out = s->pair_out,
-                             .out = (float *)((uint8_t *)reply + WIRE_HEADER_BYTES)};
-    ep_status status = s->store.ops->ffn(s->store.device, s->store.stacks[h->layer], &args);
-    if (status == EP_OK) return WIRE_WHY_NONE;
     if (!s->device_failed)
         log_error("shard %d, layer %d: the device failed: %s", s->shard_i, h->layer,
                   ep_status_name(status));
@@ -217,6 +206,26 @@ static wire_reason compute_slice(shard *s, const void *msg, const wire_header *h
     return WIRE_WHY_DEVICE;
 }
 
+static wire_reason begin_pass(shard *s, const void *msg, const wire_header *h, void *reply)
+{
+    wire_reason why = sort_pairs(s, msg, h);
+    if (why != WIRE_WHY_NONE) return why;
+    compute_ffn_args args = {.rows = wire_slice_rows(msg, h),
+                             .act = (kern_act)h->form,
+                             .n_rows = (int)h->n_rows,
+                             .n_pairs = (int)h->n_pairs,
+                             .expert_offset = s->expert_offset,
+                             .pair_row = s->pair_row,
+                             .pair_out = s->pair_out,
+                             .out = (float *)((uint8_t *)reply + WIRE_HEADER_BYTES)};
+    ep_status status = s->store.ops->ffn_begin(s->store.device, s->store.stacks[h->layer], &args);
+    if (status != EP_OK) return device_failed(s, h, status);
+    uint64_t *pairs = &s->counters.expert_pairs[(size_t)h->layer * (size_t)s->store.n_owned];
+    for (int e = 0; e < s->store.n_owned; e++)
+        shard_count(&pairs[e], (uint64_t)(s->expert_offset[e + 1] - s->expert_offset[e]));
+    return WIRE_WHY_NONE;
+}
+
 static void count_slice(shard *s, const wire_header *h, size_t bytes_in, size_t bytes_out,
                         uint64_t ns)
 {
@@ -227,66 +236,76 @@ static void count_slice(shard *s, const wire_header *h, size_t bytes_in, size_t 
     shard_count(&c->bytes_in, bytes_in);
     shard_count(&c->bytes_out, bytes_out);
     shard_count(&c->compute_ns, ns);
-    uint64_t *pairs = &s->counters.expert_pairs[(size_t)h->layer * (size_t)s->store.n_owned];
-    for (int e = 0; e < s->store.n_owned; e++)
-        shard_count(&pairs[e], (uint64_t)(s->expert_offset[e + 1] - s->expert_offset[e]));
 }
 
 /* An answer without payload: the header of what came, so that the sender knows what is meant. */
-static void answer_short(const wire_header *h, wire_kind kind, wire_reason why, void *reply,
-                         size_t *reply_bytes)
+static void answer_short(shard_flight *f, wire_kind kind, wire_reason why)
 {
-    wire_header answer = *h;
+    wire_header answer = f->h;
     answer.kind = (uint16_t)kind;
     answer.reason = (uint16_t)why;
     answer.form = 0;
     answer.n_rows = answer.n_pairs = answer.hidden = answer.flags = 0;
-    *reply_bytes = WIRE_HEADER_BYTES;
-    wire_seal(reply, *reply_bytes, &answer);
+    f->reply_bytes = WIRE_HEADER_BYTES;
+    wire_seal(f->reply, f->reply_bytes, &answer);
 }
 
-void shard_answer_waited(shard *s, const void *msg, size_t msg_bytes, uint16_t sender,
-                         uint64_t wait_ns, void *reply, size_t *reply_bytes)
+static void refuse(shard *s, shard_flight *f, wire_reason why)
 {
-    ep_time begin = ep_now();
-    wire_header h = {0};
+    shard_count(&s->counters.errors[why], 1);
+    /* An error that answers an error could go back and forth for ever. */
+    if (f->h.kind != WIRE_ERROR) answer_short(f, WIRE_ERROR, why);
+}
+
+void shard_answer_begin(shard *s, shard_flight *f, const void *msg, size_t msg_bytes,
+                        uint16_t sender, uint64_t wait_ns, void *reply)
+{
     wire_reason why = WIRE_WHY_NONE;
-    ep_status status = wire_open(msg, msg_bytes, &h, &why);
-    if (msg_bytes < WIRE_HEADER_BYTES) h.router = sender;
-    *reply_bytes = 0;
+    *f = (shard_flight){.msg_bytes = msg_bytes, .reply = reply, .begin = ep_now()};
+    ep_status status = wire_open(msg, msg_bytes, &f->h, &why);
+    if (msg_bytes < WIRE_HEADER_BYTES) f->h.router = sender;
     shard_count(&s->counters.wait_ns, wait_ns);
-    h.wait_ns = wait_ns;
-    h.compute_ns = 0;
-    if (status == EP_OK && h.kind == WIRE_HELLO) {
-        h.shard = (uint16_t)s->shard_i;
-        h.epoch = s->placement->epoch;
-        answer_short(&h, WIRE_HELLO, WIRE_WHY_NONE, reply, reply_bytes);
+    f->h.wait_ns = wait_ns;
+    f->h.compute_ns = 0;
+    if (status == EP_OK && f->h.kind == WIRE_HELLO) {
+        f->h.shard = (uint16_t)s->shard_i;
+        f->h.epoch = s->placement->epoch;
+        answer_short(f, WIRE_HELLO, WIRE_WHY_NONE);
         return;
     }
-    if (status == EP_OK && h.kind != WIRE_SLICE) {
-        status = EP_ERR_PROTO;
-        why = WIRE_WHY_KIND;
-    }
-    if (status == EP_OK) why = check_header(s, &h);
-    if (why == WIRE_WHY_NONE) why = compute_slice(s, msg, &h, reply);
-    if (why != WIRE_WHY_NONE) {
-        shard_count(&s->counters.errors[why], 1);
-        /* An error that answers an error could go back and forth for ever. */
-        if (h.kind != WIRE_ERROR) answer_short(&h, WIRE_ERROR, why, reply, reply_bytes);
+    if (status == EP_OK && f->h.kind != WIRE_SLICE) why = WIRE_WHY_KIND;
+    if (why == WIRE_WHY_NONE) why = check_header(s, &f->h);
+    if (why == WIRE_WHY_NONE) why = begin_pass(s, msg, &f->h, reply);
+    f->is_computing = why == WIRE_WHY_NONE;
+    if (!f->is_computing) refuse(s, f, why);
+}
+
+void shard_answer_end(shard *s, shard_flight *f)
+{
+    ep_status status = s->store.ops->ffn_end(s->store.device);
+    f->is_computing = false;
+    if (status != EP_OK) {
+        refuse(s, f, device_failed(s, &f->h, status));
         return;
     }
-    uint64_t ns = (uint64_t)ep_time_diff_ns(ep_now(), begin);
-    *reply_bytes = wire_reply_bytes(h.hidden, h.n_pairs);
-    count_slice(s, &h, msg_bytes, *reply_bytes, ns);
-    h.kind = WIRE_REPLY;
-    h.form = KERN_ACT_F32;
-    h.reason = WIRE_WHY_NONE;
-    h.compute_ns = ns;
-    wire_seal(reply, *reply_bytes, &h);
+    /* The device works on one pass at a time: this one since the one before it was over. */
+    ep_time from = ep_time_diff_ns(s->computed, f->begin) > 0 ? s->computed : f->begin;
+    s->computed = ep_now();
+    uint64_t ns = (uint64_t)ep_time_diff_ns(s->computed, from);
+    f->reply_bytes = wire_reply_bytes(f->h.hidden, f->h.n_pairs);
+    count_slice(s, &f->h, f->msg_bytes, f->reply_bytes, ns);
+    f->h.kind = WIRE_REPLY;
+    f->h.form = KERN_ACT_F32;
+    f->h.reason = WIRE_WHY_NONE;
+    f->h.compute_ns = ns;
+    wire_seal(f->reply, f->reply_bytes, &f->h);
 }
 
 void shard_answer(shard *s, const void *msg, size_t msg_bytes, uint16_t sender, void *reply,
                   size_t *reply_bytes)
 {
-    shard_answer_waited(s, msg, msg_bytes, sender, 0, reply, reply_bytes);
+    shard_flight f;
+    shard_answer_begin(s, &f, msg, msg_bytes, sender, 0, reply);
+    if (f.is_computing) shard_answer_end(s, &f);
+    *reply_bytes = f.reply_bytes;
 }

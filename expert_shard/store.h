@@ -35,6 +35,22 @@ typedef struct shard_waiting {
     ep_time since;
 } shard_waiting;
 
+/* A slice that is being answered. */
+typedef struct shard_flight {
+    wire_header h; /* as it came; of what is refused, what could be read of it */
+    size_t msg_bytes;
+    void *reply;
+    size_t reply_bytes; /* once answered; 0: nothing is to be sent */
+    ep_time begin;
+    bool is_computing; /* the device has message and reply until shard_answer_end */
+} shard_flight;
+
+/* Its buffers, in the serving loop. */
+typedef struct shard_flying {
+    shard_flight f;
+    net_buf *msg, *reply;
+} shard_flying;
+
 struct shard {
     shard_store store;
     const model_placement *placement;
@@ -52,10 +68,15 @@ struct shard {
     bool device_lost;   /* no slice will be computed any more */
     char failure[320];  /* what shard_failure says */
 
-    /* The serving loop; `waiting` is a ring. */
+    ep_time computed; /* the end of the last pass */
+
+    /* The serving loop; `waiting` and `flying` are rings. */
     shard_waiting waiting[SHARD_WAITING_MAX];
     int waiting_at, n_waiting;
+    shard_flying flying[COMPUTE_DEPTH];
+    int flying_at, n_flying;
     net_buf *spare;     /* for the next reply */
+    bool is_pinned;     /* the transport's buffers, for the device */
     size_t reply_bytes; /* of the largest */
     void (*tick)(void *arg);
     void *tick_arg;
@@ -69,9 +90,12 @@ struct shard {
     net *n; /* while serving */
 };
 
-/* shard_answer with the time the message waited here. */
-void shard_answer_waited(shard *s, const void *msg, size_t msg_bytes, uint16_t sender,
-                         uint64_t wait_ns, void *reply, size_t *reply_bytes);
+/* shard_answer in two halves, at most the device's depth of them under way; wait_ns: how long the
+ * message waited here. The first answers what needs no computing. The second ends the oldest that
+ * is_computing. */
+void shard_answer_begin(shard *s, shard_flight *f, const void *msg, size_t msg_bytes,
+                        uint16_t sender, uint64_t wait_ns, void *reply);
+void shard_answer_end(shard *s, shard_flight *f);
 /* Counters are read by other threads while this one writes. */
 void shard_count(uint64_t *counter, uint64_t more);
 

@@ -1,7 +1,8 @@
 /*
  * compute: finds the device table that serves a device name. The list below is tried in order for
  * "auto"; a build without CUDA has one entry less and says so when a CUDA device is asked for by
- * name.
+ * name. A device's table has a pass in two halves; here they are put together for callers that do
+ * nothing in between.
  *
  * Keeps no state; everything a device owns lives in the object that its table opened.
  */
@@ -56,4 +57,24 @@ ep_status compute_open(const compute_ops **ops, compute **out, const char *devic
         return ep_fail(err, EP_ERR_UNSUPPORTED, "device %s: this moed was built without CUDA",
                        device);
     return ep_fail(err, EP_ERR_INVALID, "device \"%s\": valid are cpu, cuda:N and auto", device);
+}
+
+bool compute_args_are_sound(const compute_ffn_args *a, int n_experts)
+{
+    if (a->n_rows < 0 || a->n_pairs < 0 || a->expert_offset[0] != 0) return false;
+    for (int e = 0; e < n_experts; e++)
+        if (a->expert_offset[e] > a->expert_offset[e + 1]) return false;
+    if (a->expert_offset[n_experts] != a->n_pairs) return false;
+    for (int i = 0; i < a->n_pairs; i++) {
+        if (a->pair_row[i] < 0 || a->pair_row[i] >= a->n_rows) return false;
+        if (a->pair_out[i] < 0 || a->pair_out[i] >= a->n_pairs) return false;
+    }
+    return true;
+}
+
+ep_status compute_ffn(const compute_ops *ops, compute *c, compute_stack *s,
+                      const compute_ffn_args *a)
+{
+    ep_status status = ops->ffn_begin(c, s, a);
+    return status == EP_OK ? ops->ffn_end(c) : status;
 }

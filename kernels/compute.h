@@ -32,6 +32,8 @@ typedef struct compute_ffn_args {
     float *out;                   /* host memory [n_pairs, hidden] */
 } compute_ffn_args;
 
+enum { COMPUTE_DEPTH = 2 }; /* passes under way on any device at most */
+
 typedef struct compute_ops {
     const char *kind; /* "cpu", "cuda" */
     /* Whether `device` ("cpu", "cuda:1") can be opened here; EP_ERR_UNSUPPORTED with the reason. */
@@ -59,11 +61,25 @@ typedef struct compute_ops {
     size_t (*stack_bytes)(const compute_stack *s); /* memory held */
     void (*stack_close)(compute_stack *s);
     /* Scratch for passes of at most max_rows rows and max_pairs pairs over any stack opened so far.
-     * Call after all stacks are open; afterwards ffn does not allocate. */
+     * Call after all stacks are open; afterwards a pass does not allocate. */
     ep_status (*reserve)(compute *c, int max_rows, int max_pairs);
-    /* gate, up, SwiGLU, down for every pair; returns when `out` is complete. After EP_ERR_DEVICE
+    /* A pass is gate, up, SwiGLU, down for every pair. It has two halves, so that a device copies
+     * the rows of one pass while it computes another; at most `depth` are under way, 1 to
+     * COMPUTE_DEPTH. ffn_begin reads the lists before it returns; rows and out belong to the
+     * device until the pass is ended. On failure this pass is not under way. */
+    int depth;
+    ep_status (*ffn_begin)(compute *c, compute_stack *s, const compute_ffn_args *a);
+    /* Whether ffn_end would return at once. */
+    bool (*ffn_is_done)(compute *c);
+    /* Ends the oldest pass under way: its `out` is complete. After EP_ERR_DEVICE, from either half,
      * the device is lost to this process: every call gives the same. */
-    ep_status (*ffn)(compute *c, compute_stack *s, const compute_ffn_args *a);
+    ep_status (*ffn_end)(compute *c);
+    /* Host memory (a transport's buffers) that the device may read rows from and write results to
+     * by itself from now on; elsewhere copies cost the host time. No pass is under way in unpin,
+     * which comes before the memory goes and before close. Failure changes nothing but speed. NULL
+     * for devices without use for it. */
+    ep_status (*pin)(compute *c, void *memory, size_t bytes);
+    void (*unpin)(compute *c, void *memory);
     /* Which device was lost, in which kernel or copy, and how; "" before. Lives as long as c. NULL
      * for devices that cannot be lost. */
     const char *(*failure)(const compute *c);
@@ -78,6 +94,13 @@ extern const compute_ops compute_cuda;
  * is the table that serves *out. */
 ep_status compute_open(const compute_ops **ops, compute **out, const char *device, int n_threads,
                        ep_err *err);
+
+/* For devices: offsets ascend from 0 to n_pairs, and every pair names a row and a place that exist.
+ */
+bool compute_args_are_sound(const compute_ffn_args *a, int n_experts);
+/* A whole pass: begin, then end. None is under way. */
+ep_status compute_ffn(const compute_ops *ops, compute *c, compute_stack *s,
+                      const compute_ffn_args *a);
 
 #ifdef __cplusplus
 }

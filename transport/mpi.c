@@ -529,6 +529,8 @@ static ep_status init_arrays(mpi_net *m, ep_err *err)
     if (status != EP_OK)
         return ep_fail(err, status, "transport: no memory for %d buffers of %zu bytes",
                        m->opt.n_buffers, m->opt.max_message);
+    m->pub.memory = m->pool.memory;
+    m->pub.memory_bytes = m->pool.bytes;
     return EP_OK;
 }
 

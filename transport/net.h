@@ -60,6 +60,8 @@ struct net {
     const net_ops *ops;
     int rank, n_ranks;
     net_stats stats;
+    void *memory; /* every buffer lies in it; until net_close, of loopback until net_hub_close */
+    size_t memory_bytes;
 };
 
 /* A buffer of at least `bytes`, len = 0; NULL when none is free (all in flight) or bytes is too

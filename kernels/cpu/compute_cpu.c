@@ -1,7 +1,7 @@
 /*
  * compute_cpu: the CPU behind the device contract. A stack is two large mappings of packed weights;
  * a pass is one kern_ffn over a scratch area that reserve made big enough for every stack, so that
- * ffn neither allocates nor fails on valid arguments.
+ * a pass neither allocates nor fails on valid arguments.
  *
  * Arguments that depend on what a peer sent (row and pair counts, offsets) are checked here once
  * more, since a wrong one would write outside `out`. It does not convert rows, and knows nothing of
@@ -205,25 +205,12 @@ static ep_status cpu_reserve(compute *c, int max_rows, int max_pairs)
     return EP_OK;
 }
 
-/* Offsets ascend from 0 to n_pairs, and every pair names a row and a place that exist. */
-static bool is_sound(const compute_ffn_args *a, int n_experts)
-{
-    if (a->n_rows < 0 || a->n_pairs < 0 || a->expert_offset[0] != 0) return false;
-    for (int e = 0; e < n_experts; e++)
-        if (a->expert_offset[e] > a->expert_offset[e + 1]) return false;
-    if (a->expert_offset[n_experts] != a->n_pairs) return false;
-    for (int i = 0; i < a->n_pairs; i++) {
-        if (a->pair_row[i] < 0 || a->pair_row[i] >= a->n_rows) return false;
-        if (a->pair_out[i] < 0 || a->pair_out[i] >= a->n_pairs) return false;
-    }
-    return true;
-}
-
-static ep_status cpu_ffn(compute *c, compute_stack *s, const compute_ffn_args *a)
+/* The whole pass: the caller's thread is one of those that compute, so nothing could overlap. */
+static ep_status cpu_ffn_begin(compute *c, compute_stack *s, const compute_ffn_args *a)
 {
     if (a->n_rows > c->max_rows || a->n_pairs > c->max_pairs) return EP_ERR_TOO_LARGE;
     if (a->act != KERN_ACT_F32 && a->act != kern_stack_act(&s->s)) return EP_ERR_INVALID;
-    if (!is_sound(a, s->s.n_experts)) return EP_ERR_INVALID;
+    if (!compute_args_are_sound(a, s->s.n_experts)) return EP_ERR_INVALID;
     if (a->n_pairs == 0) return EP_OK;
     kern_ffn_args args = {.rows = a->rows,
                           .act = a->act,
@@ -234,6 +221,18 @@ static ep_status cpu_ffn(compute *c, compute_stack *s, const compute_ffn_args *a
                           .pair_out = a->pair_out,
                           .out = a->out};
     kern_ffn(c->pool, &s->s, &args, c->scratch);
+    return EP_OK;
+}
+
+static bool cpu_ffn_is_done(compute *c)
+{
+    (void)c;
+    return true;
+}
+
+static ep_status cpu_ffn_end(compute *c)
+{
+    (void)c;
     return EP_OK;
 }
 
@@ -251,6 +250,11 @@ const compute_ops compute_cpu = {
     .stack_bytes = cpu_stack_bytes,
     .stack_close = cpu_stack_close,
     .reserve = cpu_reserve,
-    .ffn = cpu_ffn,
+    .depth = 1,
+    .ffn_begin = cpu_ffn_begin,
+    .ffn_is_done = cpu_ffn_is_done,
+    .ffn_end = cpu_ffn_end,
+    .pin = NULL,
+    .unpin = NULL,
     .failure = NULL,
 };

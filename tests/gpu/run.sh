@@ -31,7 +31,7 @@ ninja=
 # $ninja holds words.
 # shellcheck disable=SC2086
 if ! cmake -S . -B "$build" $ninja -DMOED_GPU_ONLY=ON -DMOED_CUDA=ON -DMOED_CUDA_ARCHS=90a-real >"$build.log" 2>&1 ||
-    ! cmake --build "$build" --parallel "$(nproc)" --target check_cuda bench_cuda test_cuda_layout test_cuda_stage \
+    ! cmake --build "$build" --parallel "$(nproc)" --target check_cuda bench_cuda bench_cuda_copies test_cuda_layout test_cuda_stage \
         test_cuda_open >>"$build.log" 2>&1; then
     tail -n 60 "$build.log"
     echo "==== not built; the whole log is $build.log"
@@ -54,6 +54,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "==== skipped: compute-sanitizer is not installed, so no memcheck and no racecheck"
 fi
+step 40 "$programs/bench_cuda_copies" Q4_K
 step 150 "$programs/bench_cuda" Q4_K
 step 150 "$programs/bench_cuda" GPTQ4
 echo "==== $(spent) s in all, $([ "$status" -eq 0 ] && echo 'all passed' || echo "failed: $status")"

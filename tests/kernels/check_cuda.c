@@ -5,7 +5,8 @@
  *   - packed on the device = packed on the CPU, by checksum of the bytes;
  *   - mean relative error against float64 of the same quantised weights and rows, 1e-3 (2e-3 for
  * bf16), and against the CPU device within the CPU's own bound;
- *   - a row's bits do not depend on the batch: m = 1, 4, 16, 17, 25, 64, 257 for one expert.
+ *   - a row's bits do not depend on the batch: m = 1, 4, 16, 17, 25, 64, 257 for one expert, nor on
+ * another pass under way.
  * Skipped aloud (77) without a device. The seed is fixed and printed by check_data.c's users.
  */
 #include "check_cuda.h"
@@ -210,11 +211,11 @@ static void check_pass(const layer *l, const int *counts, kern_act act, const ch
     size_t hidden = (size_t)l->shape.hidden, all = (size_t)p.a.n_pairs * hidden;
     float *by_cpu = ep_calloc(all + 1, 4);
     double *want = ep_alloc(hidden * 8), error = 0, size = 0, apart = 0;
-    ep_status s = compute_cuda.ffn(gpu, l->gpu, &p.a);
+    ep_status s = compute_ffn(&compute_cuda, gpu, l->gpu, &p.a);
     if (s != EP_OK) check_fail("%s: %s", what, ep_status_name(s));
     compute_ffn_args a = p.a;
     a.out = by_cpu;
-    s = compute_cpu.ffn(cpu, l->cpu, &a);
+    s = compute_ffn(&compute_cpu, cpu, l->cpu, &a);
     if (s != EP_OK) check_fail("%s: cpu: %s", what, ep_status_name(s));
     int most = check_quick || l->shape.hidden * l->shape.inter > 500000 ? 4 : 32;
     int step = p.a.n_pairs / most + 1;
@@ -249,7 +250,7 @@ static void check_bits(const layer *l)
     size_t hidden = (size_t)l->shape.hidden;
     pass p = pass_make(l, counts, KERN_ACT_F32);
     int first = counts[0];
-    if (compute_cuda.ffn(gpu, l->gpu, &p.a) != EP_OK) check_fail("bits: a pass");
+    if (compute_ffn(&compute_cuda, gpu, l->gpu, &p.a) != EP_OK) check_fail("bits: a pass");
     int32_t *offset = ep_calloc((size_t)n + 1, 4), out_row[MOST];
     float *out = ep_alloc(MOST * hidden * 4);
     for (int i = 0; i < MOST; i++)
@@ -264,7 +265,8 @@ static void check_bits(const layer *l)
         a.pair_row = p.row + first;
         a.pair_out = out_row;
         a.out = out;
-        if (compute_cuda.ffn(gpu, l->gpu, &a) != EP_OK) check_fail("bits: a pass of %d", m);
+        if (compute_ffn(&compute_cuda, gpu, l->gpu, &a) != EP_OK)
+            check_fail("bits: a pass of %d", m);
         for (int i = 0; i < m; i++)
             if (memcmp(out + (size_t)i * hidden, p.a.out + (size_t)p.out_row[first + i] * hidden,
                        hidden * 4) != 0) {
@@ -276,6 +278,44 @@ static void check_bits(const layer *l)
     ep_free(offset);
     ep_free(out);
     pass_free(&p);
+}
+
+/* Passes of every size one after the other, two under way at a time, from and to pinned memory:
+ * the bits of passes that were alone. */
+static void check_under_way(const layer *l)
+{
+    enum { N = 8 };
+    static const int counts[N][8] = {{1},  {0, 300, 200}, {90, 80, 70, 60, 50},     {2, 1},
+                                     {17}, {400, 400},    {1, 1, 1, 1, 1, 1, 1, 1}, {0, 5}};
+    size_t hidden = (size_t)l->shape.hidden, each = (size_t)1024 * hidden * 4;
+    pass p[N];
+    float *want[N];
+    uint8_t *memory = ep_map(2 * N * each); /* rows and results of each */
+    if (compute_cuda.pin(gpu, memory, 2 * N * each) != EP_OK) check_fail("pin");
+    for (int i = 0; i < N; i++) {
+        p[i] = pass_make(l, counts[i], i % 3 == 0 ? KERN_ACT_F32 : compute_cuda.stack_act(l->gpu));
+        want[i] = p[i].a.out;
+        if (compute_ffn(&compute_cuda, gpu, l->gpu, &p[i].a) != EP_OK) check_fail("a pass alone");
+    }
+    for (int i = 0; i < N; i++) {
+        compute_ffn_args a = p[i].a;
+        uint8_t *rows = memory + 2 * (size_t)i * each;
+        memcpy(rows, a.rows, (size_t)a.n_rows * kern_act_row_bytes(a.act, l->shape.hidden));
+        a.rows = rows;
+        a.out = (float *)(void *)(rows + each);
+        if (i >= COMPUTE_DEPTH && compute_cuda.ffn_end(gpu) != EP_OK) check_fail("end of a pass");
+        if (compute_cuda.ffn_begin(gpu, l->gpu, &a) != EP_OK) check_fail("begin of a pass");
+    }
+    for (int i = 0; i < COMPUTE_DEPTH; i++)
+        if (compute_cuda.ffn_end(gpu) != EP_OK) check_fail("end of a pass");
+    for (int i = 0; i < N; i++)
+        if (memcmp(memory + (2 * (size_t)i + 1) * each, want[i],
+                   (size_t)p[i].a.n_pairs * hidden * 4) != 0)
+            check_fail("pass %d has other bits while others are under way", i);
+    compute_cuda.unpin(gpu, memory);
+    ep_unmap(memory, 2 * N * each);
+    for (int i = 0; i < N; i++)
+        pass_free(&p[i]);
 }
 
 static void check_layer(int gate_type, int down_type, int hidden, int inter)
@@ -299,6 +339,7 @@ static void check_layer(int gate_type, int down_type, int hidden, int inter)
         check_pass(&l, counts[i], KERN_ACT_F32, what);
         check_pass(&l, counts[i], compute_cuda.stack_act(l.gpu), what);
     }
+    check_under_way(&l);
     if (!check_quick) check_bits(&l);
     layer_close(&l);
 }

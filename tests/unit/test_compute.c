@@ -201,7 +201,7 @@ static void test_ffn(void)
     if (l.s == NULL) return;
     compute_ffn_args a = args_of(&l);
     uint64_t before = ep_alloc_count();
-    CHECK_INT(l.ops->ffn(l.c, l.s, &a), EP_OK);
+    CHECK_INT(compute_ffn(l.ops, l.c, l.s, &a), EP_OK);
     CHECK_INT(ep_alloc_count() - before, 0);
     for (int p = 0; p < 3; p++) {
         float want[HIDDEN];
@@ -229,30 +229,30 @@ static void test_ffn_refuses(void)
     static const int32_t outside[] = {1, 0, 2}, negative[] = {0, -1, 1}, far_out[] = {0, 1, 3};
     compute_ffn_args a = args_of(&l);
     a.n_rows = 3;
-    CHECK_INT(l.ops->ffn(l.c, l.s, &a), EP_ERR_TOO_LARGE);
+    CHECK_INT(compute_ffn(l.ops, l.c, l.s, &a), EP_ERR_TOO_LARGE);
     a = args_of(&l);
     a.act = KERN_ACT_Q8_32;
-    CHECK_INT(l.ops->ffn(l.c, l.s, &a), EP_ERR_INVALID);
+    CHECK_INT(compute_ffn(l.ops, l.c, l.s, &a), EP_ERR_INVALID);
     static const int32_t *const bad_offsets[] = {descending, late, few};
     for (int i = 0; i < 3; i++) {
         a = args_of(&l);
         a.expert_offset = bad_offsets[i];
-        CHECK_INT(l.ops->ffn(l.c, l.s, &a), EP_ERR_INVALID);
+        CHECK_INT(compute_ffn(l.ops, l.c, l.s, &a), EP_ERR_INVALID);
     }
     static const int32_t *const bad_rows[] = {outside, negative};
     for (int i = 0; i < 2; i++) {
         a = args_of(&l);
         a.pair_row = bad_rows[i];
-        CHECK_INT(l.ops->ffn(l.c, l.s, &a), EP_ERR_INVALID);
+        CHECK_INT(compute_ffn(l.ops, l.c, l.s, &a), EP_ERR_INVALID);
     }
     a = args_of(&l);
     a.pair_out = far_out;
-    CHECK_INT(l.ops->ffn(l.c, l.s, &a), EP_ERR_INVALID);
+    CHECK_INT(compute_ffn(l.ops, l.c, l.s, &a), EP_ERR_INVALID);
     static const int32_t nothing[EXPERTS + 1] = {0};
     a = args_of(&l);
     a.expert_offset = nothing;
     a.n_pairs = 0;
-    CHECK_INT(l.ops->ffn(l.c, l.s, &a), EP_OK);
+    CHECK_INT(compute_ffn(l.ops, l.c, l.s, &a), EP_OK);
     layer_close(&l);
 }
 

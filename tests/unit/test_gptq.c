@@ -711,7 +711,7 @@ static void test_stack(void)
                           .pair_row = row,
                           .pair_out = place,
                           .out = out};
-    CHECK_INT(compute_cpu.ffn(dev, s, &a), EP_OK);
+    CHECK_INT(compute_ffn(&compute_cpu, dev, s, &a), EP_OK);
     for (int p = 0; p < 3; p++) {
         static double want[GX_HIDDEN];
         double error = 0, size = 0;

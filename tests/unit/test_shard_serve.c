@@ -5,6 +5,7 @@
 #include "expert_shard/store.h"
 #include "tests/unit/shard_fixture.h"
 
+#include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -63,7 +64,8 @@ static bool make_question(rig *r, int router, int i)
     return q->msg != NULL && q->want != NULL && ask(w, w->s, &q->h, x, w->pairs, q->want);
 }
 
-static bool rig_open(rig *r, net_script script, int shard_buffers)
+/* Everything but the thread that serves. */
+static bool rig_make(rig *r, net_script script, int shard_buffers, const compute_ops *ops)
 {
     memset(r, 0, sizeof(*r));
     if (!world_open(&r->w, FIXTURE_MICRO, 1, NULL, 0)) return false;
@@ -88,9 +90,20 @@ static bool rig_open(rig *r, net_script script, int shard_buffers)
         CHECK(net_loopback_open(&r->nets[i], r->hub, &opt) == EP_OK);
         if (r->nets[i] == NULL) return false;
     }
+    if (ops != NULL) r->s->store.ops = ops;
+    return true;
+}
+
+static bool rig_start(rig *r)
+{
     r->is_running = pthread_create(&r->thread, NULL, serve_main, r) == 0;
     CHECK(r->is_running);
     return r->is_running;
+}
+
+static bool rig_open(rig *r, net_script script, int shard_buffers)
+{
+    return rig_make(r, script, shard_buffers, NULL) && rig_start(r);
 }
 
 static void rig_join(rig *r)
@@ -342,13 +355,82 @@ static void drain(void)
     rig_close(r);
 }
 
-/* ---- a device that is lost ---- */
+/* ---- a device that works by itself ----
+ * The CPU, late: a pass reads its rows and writes its results when it ends, so buffers that are
+ * given away before that, or passes that end in another order, give other bits. */
 
-static int n_good; /* passes before that */
+#define LATE_LOOKS 3 /* before a pass is done */
 
-static ep_status failing_ffn(compute *c, compute_stack *s, const compute_ffn_args *a)
+static struct late {
+    compute_stack *stack[COMPUTE_DEPTH];
+    compute_ffn_args args[COMPUTE_DEPTH];
+    int32_t lists[COMPUTE_DEPTH][3][ROWS_MAX * 64 + 65];
+    int at, n, most, looks, n_good; /* n_good: passes before the device is lost */
+    bool is_lost_at_begin;
+    const uint8_t *pinned;
+    size_t pinned_bytes;
+    int n_elsewhere; /* rows or results outside of what is pinned */
+    ep_status status;
+} late;
+
+static void keep_list(const int32_t **list, int32_t *to, int n)
 {
-    return n_good-- > 0 ? compute_cpu.ffn(c, s, a) : EP_ERR_DEVICE;
+    memcpy(to, *list, (size_t)n * sizeof(*to));
+    *list = to;
+}
+
+static bool is_pinned(const void *p)
+{
+    return (const uint8_t *)p >= late.pinned &&
+           (const uint8_t *)p < late.pinned + late.pinned_bytes;
+}
+
+static ep_status late_begin(compute *c, compute_stack *s, const compute_ffn_args *a)
+{
+    (void)c;
+    if (late.n == COMPUTE_DEPTH) return late.status = EP_ERR_INVALID;
+    if (late.is_lost_at_begin && late.n_good <= late.n) return EP_ERR_DEVICE;
+    int i = (late.at + late.n++) % COMPUTE_DEPTH;
+    compute_ffn_args *k = &late.args[i];
+    late.stack[i] = s;
+    *k = *a;
+    keep_list(&k->expert_offset, late.lists[i][0], the_rig.s->store.n_owned + 1);
+    keep_list(&k->pair_row, late.lists[i][1], a->n_pairs);
+    keep_list(&k->pair_out, late.lists[i][2], a->n_pairs);
+    late.n_elsewhere += !is_pinned(a->rows) + !is_pinned(a->out);
+    if (late.n > late.most) late.most = late.n;
+    return EP_OK;
+}
+
+static bool late_is_done(compute *c)
+{
+    (void)c;
+    return ++late.looks % LATE_LOOKS == 0;
+}
+
+static ep_status late_end(compute *c)
+{
+    if (late.n == 0) return late.status = EP_ERR_INVALID;
+    int i = late.at;
+    late.at = (late.at + 1) % COMPUTE_DEPTH;
+    late.n--;
+    if (late.n_good-- <= 0) return EP_ERR_DEVICE;
+    return compute_ffn(&compute_cpu, c, late.stack[i], &late.args[i]);
+}
+
+static ep_status late_pin(compute *c, void *memory, size_t bytes)
+{
+    (void)c;
+    late.pinned = memory;
+    late.pinned_bytes = bytes;
+    return EP_OK;
+}
+
+static void late_unpin(compute *c, void *memory)
+{
+    (void)c;
+    if (memory != late.pinned || late.n > 0) late.status = EP_ERR_INVALID;
+    late.pinned = NULL;
 }
 
 static const char *failing_why(const compute *c)
@@ -357,31 +439,103 @@ static const char *failing_why(const compute *c)
     return "device cuda:7: gate_up kernel: out of order";
 }
 
+/* The rig's shard gets that device. What is asked before rig_start waits for it together. */
+static bool late_rig_make(rig *r, net_script script, int shard_buffers, int n_good)
+{
+    static compute_ops ops;
+    ops = compute_cpu;
+    ops.depth = COMPUTE_DEPTH;
+    ops.ffn_begin = late_begin;
+    ops.ffn_is_done = late_is_done;
+    ops.ffn_end = late_end;
+    ops.pin = late_pin;
+    ops.unpin = late_unpin;
+    ops.failure = failing_why;
+    memset(&late, 0, sizeof(late));
+    late.n_good = n_good;
+    return rig_make(r, script, shard_buffers, &ops);
+}
+
+/* Two slices are under way at once, over a bad network and with few buffers too. */
+static void overlap(void)
+{
+    rig *r = &the_rig;
+    const struct {
+        net_script script;
+        int buffers;
+    } runs[] = {{NULL, 64}, {faults, 64}, {NULL, 4}};
+    for (int i = 0; i < 3; i++) {
+        if (late_rig_make(r, runs[i].script, runs[i].buffers, INT_MAX)) {
+            asker first = asker_make(r, 0, 8), second = asker_make(r, 1, 8);
+            for (int j = 0; j < 8; j++)
+                ask_one(&first, j);
+            CHECK(rig_start(r));
+            first.other = &second;
+            second.other = &first;
+            pthread_t thread;
+            CHECK(pthread_create(&thread, NULL, ask_main, &second) == 0);
+            ask_all(&first, N_QUESTIONS);
+            pthread_join(thread, NULL);
+            CHECK_INT(first.n_answered + second.n_answered, 2 * N_QUESTIONS);
+            CHECK_INT(first.n_wrong + second.n_wrong, 0);
+            shard_stop(r->s);
+            rig_join(r);
+            if (runs[i].buffers > 4) CHECK_INT(late.most, COMPUTE_DEPTH);
+            CHECK_INT(late.n, 0);
+            CHECK_INT(late.n_elsewhere, 0);
+            CHECK_INT(late.status, EP_OK);
+            CHECK(late.pinned == NULL);
+        }
+        rig_close(r);
+    }
+}
+
+/* A stop with passes under way: the device is done with the buffers before they go. */
+static void stop_under_way(void)
+{
+    rig *r = &the_rig;
+    if (late_rig_make(r, NULL, 64, INT_MAX)) {
+        asker a = asker_make(r, 0, 8);
+        for (int i = 0; i < 8; i++)
+            ask_one(&a, i);
+        CHECK(rig_start(r));
+        ep_time give_up = ep_time_after_ms(ep_now(), 20000);
+        while (a.n_answered == 0 && !ep_time_is_past(give_up, ep_now()))
+            take_all(&a);
+        shard_stop(r->s);
+        rig_join(r);
+        CHECK_INT(r->served, EP_OK);
+        CHECK_INT(late.n, 0);
+        CHECK_INT(late.status, EP_OK);
+    }
+    rig_close(r);
+}
+
 /* The shard refuses what it has, leaves by itself, and says which shard, device and kernel. */
 static void lost_device(void)
 {
     rig *r = &the_rig;
-    compute_ops ops = compute_cpu;
-    ops.ffn = failing_ffn;
-    ops.failure = failing_why;
-    n_good = 3;
-    if (rig_open(r, NULL, 64)) {
-        asker a = asker_make(r, 0, 1);
-        CHECK_STR(shard_failure(r->s), "");
-        r->s->store.ops = &ops; /* nothing is being computed yet */
-        ask_all(&a, 3);
-        for (int i = 3; i < 6; i++)
-            ask_one(&a, i);
-        rig_join(r);
-        CHECK_INT(r->served, EP_ERR_DEVICE);
-        take_all(&a);
-        CHECK_INT(a.n_answered, 3);
-        CHECK(a.n_errors > 0 && a.n_wrong == 0);
-        CHECK(shard_counters_get(r->s)->errors[WIRE_WHY_DEVICE] > 0);
-        CHECK(strstr(shard_failure(r->s), "shard 0, layer ") != NULL);
-        CHECK(strstr(shard_failure(r->s), ": device cuda:7: gate_up kernel: ") != NULL);
+    for (int at_begin = 0; at_begin < 2; at_begin++) {
+        if (late_rig_make(r, NULL, 64, 3)) {
+            late.is_lost_at_begin = at_begin;
+            CHECK(rig_start(r));
+            asker a = asker_make(r, 0, 1);
+            CHECK_STR(shard_failure(r->s), "");
+            ask_all(&a, 3);
+            for (int i = 3; i < 6; i++)
+                ask_one(&a, i);
+            rig_join(r);
+            CHECK_INT(r->served, EP_ERR_DEVICE);
+            take_all(&a);
+            CHECK_INT(a.n_answered, 3);
+            CHECK(a.n_errors > 0 && a.n_wrong == 0);
+            CHECK(shard_counters_get(r->s)->errors[WIRE_WHY_DEVICE] > 0);
+            CHECK(strstr(shard_failure(r->s), "shard 0, layer ") != NULL);
+            CHECK(strstr(shard_failure(r->s), ": device cuda:7: gate_up kernel: ") != NULL);
+            CHECK_INT(late.status, EP_OK);
+        }
+        rig_close(r);
     }
-    rig_close(r);
 }
 
 static void ticks_and_stop(void)
@@ -436,6 +590,8 @@ static const test_case cases[] = {
     {"few_buffers", few_buffers},
     {"router_dies", router_dies},
     {"drain", drain},
+    {"overlap", overlap},
+    {"stop_under_way", stop_under_way},
     {"lost_device", lost_device},
     {"ticks_and_stop", ticks_and_stop},
     {"small_messages", small_messages},
