@@ -36,6 +36,14 @@ typedef struct tile_config {
 } tile_config;
 _Static_assert(sizeof(tile_config) == 64, "tile configuration");
 
+/* For tiles and configurations that this file writes itself: gcc's intrinsics do not say what they
+ * read (of a tile nothing, of a configuration 8 of its 64 bytes), so stores might come after them.
+ */
+#define TILE_LOAD(t, from, bytes)                                                                  \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t                                               \
+                     :                                                                             \
+                     : "r"(from), "r"(64l), "m"(*(const uint8_t(*)[bytes])(from)))
+
 static void configure(int rows, int k_bytes)
 {
     _Alignas(64) tile_config want = {.palette = 1}, have;
@@ -43,8 +51,9 @@ static void configure(int rows, int k_bytes)
         want.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? k_bytes : 64);
         want.rows[t] = (uint8_t)(t < 6 ? rows : k_bytes / 4);
     }
-    _tile_storeconfig(&have);
-    if (_mm512_cmpneq_epi64_mask(x_load(&have), x_load(&want))) _tile_loadconfig(&want);
+    __asm__ volatile("sttilecfg %0" : "=m"(have));
+    if (_mm512_cmpneq_epi64_mask(x_load(&have), x_load(&want)))
+        __asm__ volatile("ldtilecfg %0" : : "m"(want));
 }
 
 /* The rows of a chunk cut into tiles of equal height; the last tile may begin early and overlap the
@@ -175,7 +184,7 @@ X_INLINE void multiply_part(const int8_t *x0, const int8_t *x1, size_t ldq,
 {
     if (u % 2 == 0) {
         _tile_loadd(4, x0 + 32 * u, ldq);
-        _tile_loadd(6, plane[0], 64);
+        TILE_LOAD(6, plane[0], TILE_BYTES);
         if (type == KERN_Q6_K)
             _tile_dpbssd(0, 4, 6);
         else
@@ -189,7 +198,7 @@ X_INLINE void multiply_part(const int8_t *x0, const int8_t *x1, size_t ldq,
         _tile_dpbsud(3, 5, 7);
     }
     if ((u % 2 == 0) == two) {
-        _tile_loadd(7, plane[1], 64);
+        TILE_LOAD(7, plane[1], TILE_BYTES);
         _tile_dpbsud(1, 4, 7);
     }
 }
@@ -331,7 +340,7 @@ X_INLINE void multiply_32(const int8_t *x, size_t ldq, const uint8_t *plane, int
     switch (u) {
     case 0:
         _tile_zero(0);
-        _tile_loadd(6, plane, 64);
+        TILE_LOAD(6, plane, TILE_BYTES / 2);
         _tile_loadd(4, x, ldq);
         _tile_dpbssd(0, 4, 6);
         break;
@@ -342,7 +351,7 @@ X_INLINE void multiply_32(const int8_t *x, size_t ldq, const uint8_t *plane, int
         break;
     case 2:
         _tile_zero(2);
-        _tile_loadd(7, plane, 64);
+        TILE_LOAD(7, plane, TILE_BYTES / 2);
         _tile_loadd(4, x, ldq);
         _tile_dpbssd(2, 4, 7);
         break;
@@ -360,12 +369,12 @@ X_INLINE void multiply_128(const int8_t *x, size_t ldq, const uint8_t *plane, in
     switch (u) {
     case 0:
         _tile_zero(0);
-        _tile_loadd(6, plane, 64);
+        TILE_LOAD(6, plane, TILE_BYTES);
         _tile_loadd(4, x, ldq);
         _tile_dpbssd(0, 4, 6);
         break;
     case 1:
-        _tile_loadd(7, plane, 64);
+        TILE_LOAD(7, plane, TILE_BYTES);
         _tile_loadd(5, x, ldq);
         _tile_dpbssd(0, 5, 7);
         break;
