@@ -257,12 +257,18 @@ static void refuse(shard *s, shard_flight *f, wire_reason why)
     if (f->h.kind != WIRE_ERROR) answer_short(f, WIRE_ERROR, why);
 }
 
+/* For the checksums of large messages; NULL without experts, as there is no device then. */
+static ep_pool *host_pool(const shard *s)
+{
+    return s->store.device != NULL ? s->store.ops->pool(s->store.device) : NULL;
+}
+
 void shard_answer_begin(shard *s, shard_flight *f, const void *msg, size_t msg_bytes,
                         uint16_t sender, uint64_t wait_ns, void *reply)
 {
     wire_reason why = WIRE_WHY_NONE;
     *f = (shard_flight){.msg_bytes = msg_bytes, .reply = reply, .begin = ep_now()};
-    ep_status status = wire_open(msg, msg_bytes, &f->h, &why);
+    ep_status status = wire_open_on(host_pool(s), msg, msg_bytes, &f->h, &why);
     if (msg_bytes < WIRE_HEADER_BYTES) f->h.router = sender;
     shard_count(&s->counters.wait_ns, wait_ns);
     f->h.wait_ns = wait_ns;
@@ -298,7 +304,7 @@ void shard_answer_end(shard *s, shard_flight *f)
     f->h.form = KERN_ACT_F32;
     f->h.reason = WIRE_WHY_NONE;
     f->h.compute_ns = ns;
-    wire_seal(f->reply, f->reply_bytes, &f->h);
+    wire_seal_on(host_pool(s), f->reply, f->reply_bytes, &f->h);
 }
 
 void shard_answer(shard *s, const void *msg, size_t msg_bytes, uint16_t sender, void *reply,

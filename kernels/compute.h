@@ -42,6 +42,9 @@ typedef struct compute_ops {
     void (*close)(compute *c);
     /* One line for status: "cpu, avx512, 2 threads". Lives as long as c. */
     const char *(*describe)(compute *c);
+    /* Its threads on the host, free for other work except inside calls of this table. Belongs to c;
+     * NULL: none. */
+    ep_pool *(*pool)(compute *c);
     /* Room for the experts of a layer. Sizes are checked: EP_ERR_NOMEM, EP_ERR_UNSUPPORTED (type).
      */
     ep_status (*stack_open)(compute *c, const compute_shape *shape, compute_stack **out,

@@ -155,20 +155,45 @@ size_t wire_slice_pairs_at(kern_act form, uint32_t hidden, uint32_t n_rows)
 
 /* ---- header ---- */
 
-/* Over the whole message as if the checksum field were 0. The message may belong to a transport, so
- * it is hashed in three pieces instead of being written to. */
-static uint64_t checksum(const uint8_t *msg, size_t msg_bytes)
+/* The payload is hashed in chunks, so that several threads can share a large one. */
+enum { CHUNK = 1 << 20, MOST_CHUNKS = 1024 };
+
+typedef struct chunks {
+    const uint8_t *payload;
+    size_t bytes, chunk, n;
+    uint64_t sum[MOST_CHUNKS];
+} chunks;
+
+static void hash_chunks(void *arg, int thread_i, int n_threads)
 {
-    static const uint8_t zero[8];
+    chunks *c = arg;
+    for (size_t i = (size_t)thread_i; i < c->n; i += (size_t)n_threads) {
+        size_t at = i * c->chunk, left = c->bytes - at;
+        c->sum[i] = XXH3_64bits(c->payload + at, left < c->chunk ? left : c->chunk);
+    }
+}
+
+/* As if the checksum field were 0. The message may belong to a transport, so it is not written to.
+ */
+static uint64_t checksum(const uint8_t *msg, size_t msg_bytes, ep_pool *pool)
+{
+    uint8_t header[WIRE_HEADER_BYTES];
+    chunks c = {
+        .payload = msg + WIRE_HEADER_BYTES, .bytes = msg_bytes - WIRE_HEADER_BYTES, .chunk = CHUNK};
+    while (c.bytes / c.chunk >= MOST_CHUNKS)
+        c.chunk *= 2;
+    c.n = (c.bytes + c.chunk - 1) / c.chunk;
+    ep_pool_run(c.n > 1 ? pool : NULL, hash_chunks, &c);
+    memcpy(header, msg, sizeof(header));
+    put_u64(header + AT_CHECKSUM, 0);
     XXH3_state_t state;
     XXH3_64bits_reset(&state);
-    XXH3_64bits_update(&state, msg, AT_CHECKSUM);
-    XXH3_64bits_update(&state, zero, sizeof(zero));
-    XXH3_64bits_update(&state, msg + AT_RESERVED, msg_bytes - AT_RESERVED);
+    XXH3_64bits_update(&state, header, sizeof(header));
+    XXH3_64bits_update(&state, c.sum, c.n * sizeof(c.sum[0]));
     return XXH3_64bits_digest(&state);
 }
 
-void wire_seal(void *msg, size_t msg_bytes, const wire_header *h)
+void wire_seal_on(ep_pool *pool, void *msg, size_t msg_bytes, const wire_header *h)
 {
     uint8_t *p = msg;
     put_u32(p + AT_MAGIC, WIRE_MAGIC);
@@ -190,9 +215,13 @@ void wire_seal(void *msg, size_t msg_bytes, const wire_header *h)
     put_u64(p + AT_BYTES, (uint64_t)(msg_bytes - WIRE_HEADER_BYTES));
     put_u64(p + AT_COMPUTE_NS, h->compute_ns);
     put_u64(p + AT_WAIT_NS, h->wait_ns);
-    put_u64(p + AT_CHECKSUM, 0);
     put_u64(p + AT_RESERVED, 0);
-    put_u64(p + AT_CHECKSUM, XXH3_64bits(p, msg_bytes));
+    put_u64(p + AT_CHECKSUM, checksum(p, msg_bytes, pool));
+}
+
+void wire_seal(void *msg, size_t msg_bytes, const wire_header *h)
+{
+    wire_seal_on(NULL, msg, msg_bytes, h);
 }
 
 static void read_header(const uint8_t *p, wire_header *h)
@@ -242,7 +271,8 @@ static wire_reason check_counts(const wire_header *h, size_t msg_bytes)
     return want == msg_bytes ? WIRE_WHY_NONE : WIRE_WHY_COUNT;
 }
 
-ep_status wire_open(const void *msg, size_t msg_bytes, wire_header *h, wire_reason *why)
+ep_status wire_open_on(ep_pool *pool, const void *msg, size_t msg_bytes, wire_header *h,
+                       wire_reason *why)
 {
     const uint8_t *p = msg;
     wire_reason reason;
@@ -258,7 +288,7 @@ ep_status wire_open(const void *msg, size_t msg_bytes, wire_header *h, wire_reas
         reason = WIRE_WHY_VERSION;
     } else if (h->bytes != (uint64_t)(msg_bytes - WIRE_HEADER_BYTES)) {
         reason = WIRE_WHY_LENGTH;
-    } else if (h->checksum != checksum(p, msg_bytes)) {
+    } else if (h->checksum != checksum(p, msg_bytes, pool)) {
         reason = WIRE_WHY_CHECKSUM;
     } else if (h->flags != 0 || get_u64(p + AT_RESERVED) != 0) {
         reason = WIRE_WHY_VERSION; /* asks for something this version does not know */
@@ -267,6 +297,11 @@ ep_status wire_open(const void *msg, size_t msg_bytes, wire_header *h, wire_reas
     }
     *why = reason;
     return reason == WIRE_WHY_NONE ? EP_OK : EP_ERR_PROTO;
+}
+
+ep_status wire_open(const void *msg, size_t msg_bytes, wire_header *h, wire_reason *why)
+{
+    return wire_open_on(NULL, msg, msg_bytes, h, why);
 }
 
 /* ---- views ---- */

@@ -11,7 +11,7 @@
 #include "kernels/formats.h"
 
 #define WIRE_MAGIC        0x64656f6du /* "moed" */
-#define WIRE_VERSION      1
+#define WIRE_VERSION      2
 #define WIRE_HEADER_BYTES 96
 
 typedef enum wire_kind {
@@ -60,7 +60,8 @@ typedef struct wire_header {
     uint64_t bytes;      /* of the payload */
     uint64_t compute_ns; /* reply: time the shard spent on it */
     uint64_t wait_ns;    /* reply: time it waited at the shard before that */
-    uint64_t checksum;   /* XXH3-64 over header (this field 0) and payload */
+    uint64_t checksum;   /* XXH3-64 over header (this field 0) and the XXH3-64 of every MiB of the
+                            payload; of payloads of a GiB and more, of larger powers of two */
 } wire_header;
 
 /* One (row, expert, slot) of a slice, 8 bytes on the wire. expert is the model's global id. */
@@ -86,6 +87,10 @@ void wire_seal(void *msg, size_t msg_bytes, const wire_header *h);
  * returns EP_ERR_PROTO and *why; *h then holds the header as far as it could be read (for the
  * answer), zeroed where the message is shorter than a header. */
 ep_status wire_open(const void *msg, size_t msg_bytes, wire_header *h, wire_reason *why);
+/* The same; the threads of an idle pool (or NULL) share the work on messages of more than a MiB. */
+void wire_seal_on(ep_pool *pool, void *msg, size_t msg_bytes, const wire_header *h);
+ep_status wire_open_on(ep_pool *pool, const void *msg, size_t msg_bytes, wire_header *h,
+                       wire_reason *why);
 /* Views into an opened slice. Pairs are copied out of unaligned bytes one by one. */
 const void *wire_slice_rows(const void *msg, const wire_header *h);
 wire_pair wire_slice_pair(const void *msg, const wire_header *h, uint32_t i);

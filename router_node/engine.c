@@ -130,6 +130,7 @@ static ep_status open_arena(router *r)
         {&r->experts, rows * k * sizeof(int32_t)},
         {&r->weights, rows * k * f},
         {&r->act, act_bytes(r)},
+        {&r->reply_row, rows * k * sizeof(float *)},
         {&r->replies, rows * k * hidden * f},
         {&r->scores, (size_t)r->n_threads * group * kern_attn_scores(r->page_positions) * f},
         {&r->head_in, head_rows * hidden * f},
@@ -160,13 +161,15 @@ static ep_status open_lists(router *r)
     r->running = ep_calloc(sequences, sizeof(*r->running));
     r->spare = ep_calloc(sequences, sizeof(*r->spare));
     r->shards = ep_calloc(shards, sizeof(*r->shards));
+    r->max_held = r->opt.n->n_buffers / 4;
+    r->held = ep_calloc((size_t)r->max_held + 1, sizeof(net_buf *));
     r->end_ids = ep_alloc(sizeof(int32_t) * (size_t)r->opt.n_end_ids);
     c->layers = ep_calloc(layers, sizeof(*c->layers));
     c->expert_rows = ep_calloc(layers * (size_t)r->shape.n_experts, sizeof(uint64_t));
     c->shard_wait_ns = ep_calloc(shards, sizeof(uint64_t));
     c->shard_slices = ep_calloc(shards, sizeof(uint64_t));
     if (r->waiting == NULL || r->running == NULL || r->spare == NULL || r->shards == NULL ||
-        r->end_ids == NULL || c->layers == NULL || c->expert_rows == NULL ||
+        r->held == NULL || r->end_ids == NULL || c->layers == NULL || c->expert_rows == NULL ||
         c->shard_wait_ns == NULL || c->shard_slices == NULL)
         return EP_ERR_NOMEM;
     if (r->opt.n_end_ids > 0)
@@ -249,6 +252,7 @@ void router_close(router *r)
     router_weights_close(&r->w);
     ep_free(r->slices);
     ep_free(r->shards);
+    ep_free((void *)r->held);
     ep_free(r->waiting);
     ep_free(r->running);
     ep_free(r->spare);

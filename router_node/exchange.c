@@ -11,8 +11,9 @@
  * after a pause and is well again with the first message that can be read. A shard that the control
  * plane calls lost is not asked any more.
  *  4. Answers are taken in any order. One nobody waits for (late, or a second copy) is dropped and
- *     counted. Rows are copied to their place, so a buffer goes straight back and the transport
- * never runs dry, however many slices are under way.
+ *     counted. Others are held, and used where they lie, up to a quarter of the transport's
+ * buffers; rows of those beyond are copied, so the transport never runs dry, however many slices
+ * are under way.
  *  5. Every wait ends at the earliest of: the next re-send, the earliest deadline of a request in
  * the step, 200 ms (tick). Requests that expire end at once; a slice that only they needed is
  *     abandoned, its answer will be late.
@@ -115,7 +116,7 @@ static void fill(const exchange *x, int i, net_buf *b)
                      .n_rows = n_rows,
                      .n_pairs = (uint32_t)s->n_pairs,
                      .hidden = hidden};
-    wire_seal(b->data, b->len, &h);
+    wire_seal_on(r->opt.pool, b->data, b->len, &h);
 }
 
 /* Rule 2. False when the transport has no room now. */
@@ -245,67 +246,84 @@ static void copy_rows(void *arg, int thread_i, int n_threads)
     memcpy((char *)c->to + first, (const char *)c->from + first, last - first);
 }
 
-static void take_reply(exchange *x, int shard, const net_buf *b, const wire_header *h, ep_time now)
+/* Where the rows of a slice lie from now on. True: in b, which is held. */
+static bool place_rows(router *r, const router_plan_slice *s, net_buf *b, const wire_header *h)
+{
+    const bool holds = r->n_held < r->max_held;
+    const size_t row = (size_t)r->shape.hidden;
+    const float *from = wire_reply_rows(b->data, h);
+    if (holds) {
+        r->held[r->n_held++] = b;
+    } else {
+        copy_job copy = {r->replies + (size_t)s->pair_first * row, from, (size_t)s->n_pairs,
+                         row * sizeof(float)};
+        ep_pool_run(copy.n_rows * copy.row_bytes < COPY_ALONE ? NULL : r->opt.pool, copy_rows,
+                    &copy);
+        from = copy.to;
+    }
+    for (int p = 0; p < s->n_pairs; p++)
+        r->reply_row[s->pair_first + p] = from + (size_t)p * row;
+    return holds;
+}
+
+/* True: the buffer is held. */
+static bool take_reply(exchange *x, int shard, net_buf *b, const wire_header *h, ep_time now)
 {
     router *r = x->r;
     uint64_t i = h->sequence - x->first_sequence;
     if (h->sequence < x->first_sequence || i >= (uint64_t)r->plan.n_slices ||
         r->slices[i].state == SLICE_DONE) { /* rule 4 */
         r->counters.late_replies++;
-        return;
+        return false;
     }
     if (!is_reply_to(x, (int)i, shard, h)) {
         r->counters.bad_replies++;
         take_bad(x, shard, h, WIRE_WHY_COUNT, now);
-        return;
+        return false;
     }
-    const router_plan_slice *s = &r->plan.slices[i];
-    size_t row = (size_t)r->shape.hidden;
-    copy_job copy = {r->replies + (size_t)s->pair_first * row, wire_reply_rows(b->data, h),
-                     (size_t)s->n_pairs, row * sizeof(float)};
-    ep_pool_run(copy.n_rows * copy.row_bytes < COPY_ALONE ? NULL : r->opt.pool, copy_rows, &copy);
+    bool holds = place_rows(r, &r->plan.slices[i], b, h);
     r->counters.layers[x->layer].bytes_in += b->len;
     r->counters.shard_slices[shard]++;
     r->counters.shard_wait_ns[shard] += (uint64_t)ep_time_diff_ns(now, r->slices[i].first_sent);
     close_slice(x, (int)i);
+    return holds;
 }
 
-static void take_message(exchange *x, const net_buf *b, ep_time now)
+/* True: the buffer is held. */
+static bool take_message(exchange *x, net_buf *b, ep_time now)
 {
     router *r = x->r;
     int shard = b->peer - r->opt.first_shard_rank;
     wire_header h;
     wire_reason why;
-    ep_status status = wire_open(b->data, b->len, &h, &why);
+    ep_status status = wire_open_on(r->opt.pool, b->data, b->len, &h, &why);
     if (shard < 0 || shard >= r->n_shards) { /* other routers have nothing to say to us */
         r->counters.bad_replies++;
-        return;
+        return false;
     }
     if (status != EP_OK) {
         r->counters.bad_replies++;
         take_bad(x, shard, &h, why, now);
-        return;
+        return false;
     }
     if (r->shards[shard].silent) log_info("shard %d (rank %d) answers again", shard, b->peer);
     r->shards[shard].silent = false;
-    if (h.kind == WIRE_REPLY) {
-        take_reply(x, shard, b, &h, now);
-    } else if (h.kind == WIRE_ERROR) {
+    if (h.kind == WIRE_REPLY) return take_reply(x, shard, b, &h, now);
+    if (h.kind == WIRE_ERROR) {
         r->counters.error_replies++;
         take_bad(x, shard, &h, h.reason < WIRE_N_REASONS ? (wire_reason)h.reason : WIRE_WHY_KIND,
                  now);
     } else if (h.kind != WIRE_HELLO) {
         r->counters.bad_replies++;
     }
+    return false;
 }
 
 static void take_messages(exchange *x)
 {
     net_buf *b;
-    while (net_next(x->r->opt.n, &b) == EP_OK) {
-        take_message(x, b, ep_now());
-        net_give(x->r->opt.n, b);
-    }
+    while (net_next(x->r->opt.n, &b) == EP_OK)
+        if (!take_message(x, b, ep_now())) net_give(x->r->opt.n, b);
 }
 
 /* Rule 5: slices of which every row has failed. */
@@ -400,6 +418,12 @@ ep_status router_exchange(router *r, int layer)
     }
     c->wait_ns += (uint64_t)ep_time_diff_ns(ep_now(), now);
     return EP_OK;
+}
+
+void router_exchange_end(router *r)
+{
+    while (r->n_held > 0)
+        net_give(r->opt.n, r->held[--r->n_held]);
 }
 
 void router_exchange_drain(router *r)

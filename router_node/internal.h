@@ -119,15 +119,17 @@ struct router {
     ep_err *forward_err;
 
     ep_arena arena;
-    float *x, *h, *acc;      /* [rows, hidden] */
-    float *q, *att;          /* [rows, heads * head_dim] */
-    float *k, *v;            /* [rows, kv heads * head_dim] */
-    float *gate_logits;      /* [rows, n_experts] */
-    int32_t *experts;        /* [rows, top_k] */
-    float *weights;          /* [rows, top_k] */
-    uint8_t *act;            /* [rows] in the layer's form */
-    float *replies;          /* [rows * top_k, hidden] */
-    float *scores;           /* [threads][heads of a key head][positions] */
+    float *x, *h, *acc; /* [rows, hidden] */
+    float *q, *att;     /* [rows, heads * head_dim] */
+    float *k, *v;       /* [rows, kv heads * head_dim] */
+    float *gate_logits; /* [rows, n_experts] */
+    int32_t *experts;   /* [rows, top_k] */
+    float *weights;     /* [rows, top_k] */
+    uint8_t *act;       /* [rows] in the layer's form */
+    const float *
+        *reply_row; /* [pairs of the plan] where the row of a pair lies, in a held buffer or: */
+    float *replies; /* [rows * top_k, hidden] */
+    float *scores;  /* [threads][heads of a key head][positions] */
     float *head_in, *logits; /* [head_rows, hidden], [head_rows, vocab] */
     router_logprob *top;     /* [20] */
     void *sample_scratch;
@@ -135,6 +137,8 @@ struct router {
 
     router_shard *shards;
     router_slice *slices; /* [plan.max_slices] */
+    net_buf **held;       /* [max_held] replies of the layer */
+    int n_held, max_held;
     uint64_t next_sequence;
 };
 
@@ -166,9 +170,11 @@ ep_status router_head(router *r, int n_head);
 
 /* ---- exchange.c ---- */
 
-/* Sends the plan's slices of r->h and fills r->replies. Rows that cannot be had fail; EP_OK
- * unless the process is in trouble. */
+/* Sends the plan's slices of r->h and fills r->reply_row. Rows that cannot be had fail; EP_OK
+ * unless the process is in trouble. On every result router_exchange_end is due, once the rows have
+ * been used. */
 ep_status router_exchange(router *r, int layer);
+void router_exchange_end(router *r);
 /* Drops what arrived between steps. */
 void router_exchange_drain(router *r);
 

@@ -207,8 +207,8 @@ static void combine_rows(void *arg, int thread_i, int n_threads)
     router *r = ((row_job *)arg)->r;
     int first = (int)((int64_t)r->n_rows * thread_i / n_threads);
     int last = (int)((int64_t)r->n_rows * (thread_i + 1) / n_threads);
-    router_plan_combine(&r->plan, r->replies, r->weights, r->shape.hidden, r->row_out, first, last,
-                        r->acc);
+    router_plan_combine(&r->plan, r->reply_row, r->weights, r->shape.hidden, r->row_out, first,
+                        last, r->acc);
 }
 
 ep_status router_moe(router *r, int layer)
@@ -228,13 +228,14 @@ ep_status router_moe(router *r, int layer)
     c->plan_ns += ns_since(&mark);
 
     status = router_exchange(r, layer); /* counts its own time */
-    if (status != EP_OK) return status;
-
-    mark = ep_now();
-    row_job job = {.r = r, .layer = layer};
-    run_rows(r, combine_rows, &job);
-    c->combine_ns += ns_since(&mark);
-    return EP_OK;
+    if (status == EP_OK) {
+        mark = ep_now();
+        row_job job = {.r = r, .layer = layer};
+        run_rows(r, combine_rows, &job);
+        c->combine_ns += ns_since(&mark);
+    }
+    router_exchange_end(r);
+    return status;
 }
 
 static void add_rows(void *arg, int thread_i, int n_threads)

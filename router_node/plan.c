@@ -140,7 +140,7 @@ ep_status router_plan_make(router_plan *p, const model_placement *where, const i
     return EP_OK;
 }
 
-void router_plan_combine(const router_plan *p, const float *replies, const float *weights,
+void router_plan_combine(const router_plan *p, const float *const *reply_row, const float *weights,
                          int hidden, const bool *is_out, int first, int last, float *out)
 {
     for (int t = first; t < last; t++) {
@@ -149,8 +149,7 @@ void router_plan_combine(const router_plan *p, const float *replies, const float
         if (is_out != NULL && is_out[t]) continue;
         for (int c = t * p->top_k; c < (t + 1) * p->top_k; c++) {
             if (p->choice_pair[c] < 0) continue;
-            kern_axpy(acc, replies + (size_t)p->choice_pair[c] * (size_t)hidden, weights[c],
-                      hidden);
+            kern_axpy(acc, reply_row[p->choice_pair[c]], weights[c], hidden);
         }
     }
 }

@@ -49,8 +49,8 @@ ep_status router_plan_make(router_plan *p, const model_placement *where, const i
 
 /* out[token] = sum over slots 0..k-1 of weight * reply row, each an fma onto a row of zeros: the
  * order is that of the slots, whatever the order of arrival. Rows of left-out tokens, and of those
- * in is_out now, are zero. replies: [n_pairs, hidden]; tokens first..last-1. */
-void router_plan_combine(const router_plan *p, const float *replies, const float *weights,
+ * in is_out now, are zero. reply_row: [n_pairs] rows of hidden values; tokens first..last-1. */
+void router_plan_combine(const router_plan *p, const float *const *reply_row, const float *weights,
                          int hidden, const bool *is_out, int first, int last, float *out);
 
 #endif

@@ -427,6 +427,7 @@ ep_status net_loopback_open(net **out, net_hub *hub, const net_options *opt)
     l->pub.ops = &loop_ops;
     l->pub.rank = opt->rank;
     l->pub.n_ranks = opt->n_ranks;
+    l->pub.n_buffers = opt->n_buffers;
     l->pub.memory = r->pool.memory;
     l->pub.memory_bytes = r->pool.bytes;
     l->hub = hub;

@@ -589,6 +589,7 @@ ep_status net_mpi_open(net **out, const net_options *opt, ep_err *err)
     m->pub.ops = &mpi_ops;
     m->pub.rank = opt->rank;
     m->pub.n_ranks = opt->n_ranks;
+    m->pub.n_buffers = opt->n_buffers;
     ep_status status = init_arrays(m, err);
     status = open_bell(m, status, err);
     if (status != EP_OK) {

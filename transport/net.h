@@ -58,7 +58,7 @@ typedef struct net_ops {
 
 struct net {
     const net_ops *ops;
-    int rank, n_ranks;
+    int rank, n_ranks, n_buffers;
     net_stats stats;
     void *memory; /* every buffer lies in it; until net_close, of loopback until net_hub_close */
     size_t memory_bytes;

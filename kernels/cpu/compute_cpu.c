@@ -70,6 +70,11 @@ static const char *cpu_describe(compute *c)
     return c->line;
 }
 
+static ep_pool *cpu_pool(compute *c)
+{
+    return c->pool;
+}
+
 static void cpu_stack_close(compute_stack *s)
 {
     if (s == NULL) return;
@@ -242,6 +247,7 @@ const compute_ops compute_cpu = {
     .open = cpu_open,
     .close = cpu_close,
     .describe = cpu_describe,
+    .pool = cpu_pool,
     .stack_open = cpu_stack_open,
     .stack_load = cpu_stack_load,
     .stack_map = cpu_stack_map,

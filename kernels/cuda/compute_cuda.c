@@ -79,6 +79,7 @@ static void cuda_close(compute *c)
     cudaSetDevice(c->device);
     gpu_passes_close(c);
     if (c->has_lock) pthread_mutex_destroy(&c->lock);
+    ep_pool_close(c->pool);
     ep_free(c);
 }
 
@@ -92,11 +93,15 @@ static void describe(compute *c)
 
 static ep_status cuda_open(compute **out, const char *device, int n_threads, ep_err *err)
 {
-    (void)n_threads;
     ep_status s = cuda_can_open(device, err);
     if (s != EP_OK) return s;
     compute *c = ep_calloc(1, sizeof *c);
     if (c == NULL) return ep_fail(err, EP_ERR_NOMEM, "device %s: no memory", device);
+    s = ep_pool_open(&c->pool, n_threads);
+    if (s != EP_OK) {
+        cuda_close(c);
+        return ep_fail(err, s, "device %s: cannot start %d threads", device, n_threads);
+    }
     parse(device, &c->device);
     const char *what = "cudaSetDevice";
     cudaError_t e = cudaSetDevice(c->device);
@@ -133,6 +138,11 @@ static ep_status cuda_open(compute **out, const char *device, int n_threads, ep_
 static const char *cuda_describe(compute *c)
 {
     return c->line;
+}
+
+static ep_pool *cuda_pool(compute *c)
+{
+    return c->pool;
 }
 
 /* ---- stacks ---- */
@@ -338,6 +348,7 @@ const compute_ops compute_cuda = {
     .open = cuda_open,
     .close = cuda_close,
     .describe = cuda_describe,
+    .pool = cuda_pool,
     .stack_open = cuda_stack_open,
     .stack_load = cuda_stack_load,
     .stack_map = NULL,

@@ -35,6 +35,7 @@ struct compute {
     bool lost, has_lock;
     char line[240], failure[240]; /* failure: of what was lost */
     gpu_forms forms;
+    ep_pool *pool; /* of the host, for checksums of messages */
     pthread_mutex_t lock;
     cudaStream_t stream, in_stream, out_stream; /* computing and packing; copies of large passes */
     compute_stack *stacks;

@@ -98,10 +98,13 @@ static void check_combine(const routing *g, const router_plan *p)
     enum { HIDDEN = 19 };
     size_t n_choices = (size_t)g->n_tokens * (size_t)g->top_k;
     float *replies = ep_calloc((size_t)p->n_pairs, HIDDEN * sizeof(float));
+    const float **reply_row = ep_calloc((size_t)p->n_pairs + 1, sizeof(float *));
     float *out = ep_calloc((size_t)g->n_tokens, HIDDEN * sizeof(float));
     float *weights = ep_calloc(n_choices, sizeof(float));
     for (int i = 0; i < p->n_pairs * HIDDEN; i++)
         replies[i] = (float)random_below(2000) / 7.0f - 140.0f;
+    for (int i = 0; i < p->n_pairs; i++)
+        reply_row[i] = replies + (size_t)i * HIDDEN;
     for (size_t i = 0; i < n_choices; i++)
         weights[i] = (float)random_below(1000) / 999.0f;
     for (int i = 0; i < g->n_tokens * HIDDEN; i++)
@@ -109,8 +112,8 @@ static void check_combine(const routing *g, const router_plan *p)
     int late_out = g->n_tokens > 0 ? random_below(g->n_tokens) : -1;
     if (late_out >= 0) g->is_out[late_out] = true;
     int half = g->n_tokens / 2;
-    router_plan_combine(p, replies, weights, HIDDEN, g->is_out, half, g->n_tokens, out);
-    router_plan_combine(p, replies, weights, HIDDEN, g->is_out, 0, half, out);
+    router_plan_combine(p, reply_row, weights, HIDDEN, g->is_out, half, g->n_tokens, out);
+    router_plan_combine(p, reply_row, weights, HIDDEN, g->is_out, 0, half, out);
     int wrong = 0;
     for (int t = 0; t < g->n_tokens; t++)
         for (int i = 0; i < HIDDEN; i++) {
@@ -120,7 +123,7 @@ static void check_combine(const routing *g, const router_plan *p)
             wrong += out[t * HIDDEN + i] != acc;
         }
     CHECK_INT(wrong, 0);
-    ep_free(replies), ep_free(out), ep_free(weights);
+    ep_free(replies), ep_free((void *)reply_row), ep_free(out), ep_free(weights);
 }
 
 static void make_routing(routing *g, int kind)

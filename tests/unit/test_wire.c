@@ -112,7 +112,7 @@ static void test_slice(void)
 static void test_layout(void)
 {
     static const uint8_t want[] = {
-        'm',  'o',  'e',  'd',  1,    0,    4,    0,    /* magic, version, kind */
+        'm',  'o',  'e',  'd',  2,    0,    4,    0,    /* magic, version, kind */
         4,    3,    2,    1,    0x12, 0x11, 0x22, 0x21, /* epoch, router, shard */
         0x38, 0x37, 0x36, 0x35, 0x34, 0x33, 0x32, 0x31, /* step */
         0x48, 0x47, 0x46, 0x45, 0x44, 0x43, 0x42, 0x41, /* sequence */
@@ -192,6 +192,47 @@ static void test_every_bit(void)
         msg[bit / 8] ^= (uint8_t)(1u << bit % 8);
     }
     CHECK_INT(wire_open(msg, bytes, &h, &why), EP_OK);
+    ep_free(msg);
+}
+
+/* Of several MiB, the last of them not full: the same with and without threads, and each MiB
+ * counts.
+ */
+static void test_large(void)
+{
+    wire_header want = sample_header(WIRE_REPLY), h;
+    wire_reason why;
+    want.hidden = 1024;
+    want.n_pairs = 1100;
+    size_t bytes = wire_reply_bytes(want.hidden, want.n_pairs), mib = (size_t)1 << 20;
+    uint64_t state = SEED;
+    uint8_t *msg = ep_alloc(bytes), header[WIRE_HEADER_BYTES];
+    ep_pool *pool = NULL;
+    if (msg == NULL || ep_pool_open(&pool, 3) != EP_OK) abort();
+    for (size_t i = 0; i < bytes; i++)
+        msg[i] = (uint8_t)next_random(&state);
+    wire_seal(msg, bytes, &want);
+    memcpy(header, msg, sizeof(header));
+    wire_seal_on(pool, msg, bytes, &want);
+    CHECK(memcmp(header, msg, sizeof(header)) == 0);
+    CHECK_INT(wire_open(msg, bytes, &h, &why), EP_OK);
+    CHECK_INT(wire_open_on(pool, msg, bytes, &h, &why), EP_OK);
+    for (size_t at = WIRE_HEADER_BYTES; at < bytes; at += mib)
+        for (int last = 0; last < 2; last++) {
+            size_t byte = !last ? at : at + mib <= bytes ? at + mib - 1 : bytes - 1;
+            msg[byte] ^= 16;
+            CHECK_INT(wire_open_on(pool, msg, bytes, &h, &why), EP_ERR_PROTO);
+            CHECK_INT(why, WIRE_WHY_CHECKSUM);
+            msg[byte] ^= 16;
+        }
+    uint8_t *first = msg + WIRE_HEADER_BYTES, *part = ep_alloc(mib); /* in another order */
+    if (part == NULL) abort();
+    memcpy(part, first, mib);
+    memmove(first, first + mib, mib);
+    memcpy(first + mib, part, mib);
+    CHECK_INT(wire_open_on(pool, msg, bytes, &h, &why), EP_ERR_PROTO);
+    ep_pool_close(pool);
+    ep_free(part);
     ep_free(msg);
 }
 
@@ -294,6 +335,7 @@ int main(int argc, char **argv)
         {"slice", test_slice}, {"layout", test_layout},       {"reply", test_reply},
         {"error", test_error}, {"every_bit", test_every_bit}, {"every_length", test_every_length},
         {"lies", test_lies},   {"sizes", test_sizes},         {"names", test_names},
+        {"large", test_large},
     };
     printf("seed %llx\n", (unsigned long long)SEED);
     return test_main(argc, argv, cases, (int)(sizeof(cases) / sizeof(cases[0])));
