@@ -14,6 +14,7 @@
 #define EP_KERNELS_CUDA_CHAIN_CUH
 #include <assert.h>
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -72,8 +73,9 @@ struct product {
     bool goes_on, bf16;
 };
 struct thread {
-    ucontext_t context;
-    bool done;
+    ucontext_t context; // where it begins
+    jmp_buf at;         // where it goes on: switching contexts asks the kernel for signal masks
+    bool begun, done;
     std::deque<std::vector<copy>> copies; // groups that are in flight
     std::vector<copy> open;               // the group that is not closed yet
     std::vector<uint32_t> unfenced;       // landed, wgmma does not see them yet
@@ -82,7 +84,7 @@ struct thread {
     uint32_t given[8]; // to the others of the warp
 };
 static thread threads[MOST_THREADS];
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static uint64_t random_state = 0x9e3779b97f4a7c15ull;
 static long idle; // turns without anything done
 
@@ -99,7 +101,7 @@ static thread &self()
 }
 static void yield()
 {
-    swapcontext(&self().context, &scheduler);
+    if (_setjmp(self().at) == 0) _longjmp(scheduler, 1);
 }
 
 // Between two instructions others may come first.
@@ -144,11 +146,20 @@ template <typename T> static T __shfl_sync(unsigned, T v, int lane)
 
 // ---- numbers ----
 
+static std::vector<float> half_values()
+{
+    std::vector<float> all;
+    for (uint32_t h = 0; h < 65536; h++) {
+        int exp = (int)(h >> 10 & 31), frac = (int)(h & 1023);
+        float v = exp == 0 ? ldexpf((float)frac, -24) : ldexpf((float)(1024 + frac), exp - 25);
+        all.push_back(h & 0x8000 ? -v : v);
+    }
+    return all;
+}
 static float half_value(uint32_t h)
 {
-    int exp = (int)(h >> 10 & 31), frac = (int)(h & 1023);
-    float v = exp == 0 ? ldexpf((float)frac, -24) : ldexpf((float)(1024 + frac), exp - 25);
-    return h & 0x8000 ? -v : v;
+    static const std::vector<float> values = half_values();
+    return values[h];
 }
 // Of what the kernels compute in halves, every result is a small integer.
 static uint32_t half_of(float v)
@@ -440,6 +451,15 @@ static void enter()
     yield();
 }
 
+static void go_on()
+{
+    thread &t = self();
+    if (_setjmp(scheduler) != 0) return;
+    if (t.begun) _longjmp(t.at, 1);
+    t.begun = true;
+    setcontext(&t.context);
+}
+
 // Runs `work` as every thread of every block; false when they wait for each other for ever.
 static bool run_grid(void (*work)(), int blocks, int n_threads)
 {
@@ -451,7 +471,7 @@ static bool run_grid(void (*work)(), int blocks, int n_threads)
         memset(shared, 0xff, sizeof shared); // not a number in any form
         memset(seen_by_async, 0xff, sizeof seen_by_async);
         for (int i = 0; i < n_threads; i++) {
-            threads[i].done = false;
+            threads[i].done = threads[i].begun = false;
             getcontext(&threads[i].context);
             threads[i].context.uc_stack.ss_sp = &stacks[(size_t)i * STACK_BYTES];
             threads[i].context.uc_stack.ss_size = STACK_BYTES;
@@ -466,7 +486,7 @@ static bool run_grid(void (*work)(), int blocks, int n_threads)
                 threadIdx.x = (first + (unsigned)i * (step % 3 == 0 ? step + 2 : step)) % (unsigned)n_threads;
                 if (self().done) continue;
                 left++;
-                swapcontext(&scheduler, &self().context);
+                go_on();
             }
             if (!bulks.empty() && any_number() % 4 == 0) land_bulk();
             if (++idle > 1000 && bulks.empty()) return false;
