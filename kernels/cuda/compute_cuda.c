@@ -40,6 +40,14 @@ ep_status gpu_enter(compute *c)
     return gpu_check(c, cudaSetDevice(c->device), "cudaSetDevice");
 }
 
+/* The same for a person who asked. */
+static ep_status say(const compute *c, ep_status s, ep_err *err)
+{
+    if (s == EP_OK) return s;
+    if (s == EP_ERR_DEVICE) return ep_fail(err, s, "%s", c->failure);
+    return ep_fail(err, s, "device cuda:%d: %s", c->device, ep_status_name(s));
+}
+
 /* ---- opening ---- */
 
 static bool parse(const char *device, int *n)
@@ -209,12 +217,39 @@ gpu_gemm gpu_stack_plan(const compute_stack *s, int role, int form)
     return g;
 }
 
+/* Memory for one role of all experts, and the blocks that fit. A lost device is not taken for one
+ * that is too small. */
+static ep_status open_role(compute_stack *s, int role, ep_err *err)
+{
+    compute *c = s->owner;
+    size_t bytes = s->m[role].bytes * (size_t)s->shape.n_experts;
+    cudaError_t e = cudaMalloc((void **)&s->w[role], bytes);
+    if (e == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        return ep_fail(err, EP_ERR_NOMEM, "device cuda:%d: %zu MiB for %d experts: %s", c->device,
+                       bytes >> 20, s->shape.n_experts, cudaGetErrorString(e));
+    }
+    for (int form = 0; form < GPU_FORMS && e == cudaSuccess; form++) {
+        if (form == GPU_FORM_WGMMA && !s->wgmma) continue;
+        gpu_gemm g = gpu_stack_plan(s, role, form);
+        s->blocks[role][form] = c->n_sm * gpu_gemm_occupancy(&g, form);
+        if (s->blocks[role][form] > 0) continue;
+        e = cudaGetLastError(); /* what made it 0, if not the shared memory */
+        if (e == cudaSuccess)
+            return ep_fail(err, EP_ERR_UNSUPPORTED,
+                           "device cuda:%d: %zu bytes of shared memory needed", c->device,
+                           gpu_gemm_smem(&g, form));
+    }
+    return say(c, gpu_check(c, e, "opening of a stack"), err);
+}
+
 static ep_status cuda_stack_open(compute *c, const compute_shape *p, compute_stack **out,
                                  ep_err *err)
 {
     ep_status status = check_shape(p, err);
-    if (status == EP_OK) status = gpu_enter(c);
     if (status != EP_OK) return status;
+    status = gpu_enter(c);
+    if (status != EP_OK) return say(c, status, err);
     compute_stack *s = ep_calloc(1, sizeof *s);
     if (s == NULL) return ep_fail(err, EP_ERR_NOMEM, "no memory for a stack");
     s->owner = c;
@@ -224,27 +259,11 @@ static ep_status cuda_stack_open(compute *c, const compute_shape *p, compute_sta
                                          kern_type_row_bytes(p->gate_type, p->hidden));
     s->m[ROLE_DOWN] = gpu_matrix_make(p->down_type, p->hidden, p->inter, 0,
                                       kern_type_row_bytes(p->down_type, p->inter));
-    for (int i = 0; i < 2; i++) {
-        size_t bytes = s->m[i].bytes * (size_t)p->n_experts;
-        cudaError_t e = cudaMalloc((void **)&s->w[i], bytes);
-        if (e != cudaSuccess) {
-            cudaGetLastError();
-            status = ep_fail(err, EP_ERR_NOMEM, "device cuda:%d: %zu MiB for %d experts: %s",
-                             c->device, bytes >> 20, p->n_experts, cudaGetErrorString(e));
-            cuda_stack_close(s);
-            return status;
-        }
-        for (int form = 0; form < GPU_FORMS; form++) {
-            if (form == GPU_FORM_WGMMA && !s->wgmma) continue;
-            gpu_gemm g = gpu_stack_plan(s, i, form);
-            s->blocks[i][form] = c->n_sm * gpu_gemm_occupancy(&g, form);
-            if (s->blocks[i][form] > 0) continue;
-            status = ep_fail(err, EP_ERR_UNSUPPORTED,
-                             "device cuda:%d: %zu bytes of shared memory needed", c->device,
-                             gpu_gemm_smem(&g, form));
-            cuda_stack_close(s);
-            return status;
-        }
+    for (int i = 0; i < 2 && status == EP_OK; i++)
+        status = open_role(s, i, err);
+    if (status != EP_OK) {
+        cuda_stack_close(s);
+        return status;
     }
     s->next = c->stacks;
     c->stacks = s;

@@ -288,6 +288,7 @@ static ep_status take_scratch(compute *c)
 
 ep_status gpu_reserve(compute *c, int max_rows, int max_pairs)
 {
+    if (c->lost) return EP_ERR_DEVICE; /* whatever else is wrong with the call */
     if (max_pairs > GPU_MOST_PAIRS) return EP_ERR_TOO_LARGE;
     if (c->n_under_way > 0) return EP_ERR_INVALID;
     ep_status status = gpu_enter(c);
@@ -385,6 +386,7 @@ static ep_status run(compute *c, compute_stack *s, gpu_slot *slot, const compute
 
 ep_status gpu_pass_begin(compute *c, compute_stack *s, const compute_ffn_args *a)
 {
+    if (c->lost) return EP_ERR_DEVICE;
     if (a->n_rows > c->max_rows || a->n_pairs > c->max_pairs) return EP_ERR_TOO_LARGE;
     if (a->act != KERN_ACT_F32 && a->act != gpu_stack_act(s)) return EP_ERR_INVALID;
     if (!compute_args_are_sound(a, s->shape.n_experts)) return EP_ERR_INVALID;
@@ -403,8 +405,10 @@ ep_status gpu_pass_begin(compute *c, compute_stack *s, const compute_ffn_args *a
 bool gpu_pass_is_done(compute *c)
 {
     const gpu_slot *slot = &c->slots[c->oldest];
-    return c->n_under_way == 0 || slot->is_empty || c->lost ||
-           cudaEventQuery(slot->done) != cudaErrorNotReady;
+    if (c->n_under_way == 0 || slot->is_empty || c->lost) return true;
+    if (cudaEventQuery(slot->done) != cudaErrorNotReady) return true;
+    cudaGetLastError(); /* the next launch would find "not ready" there and fail */
+    return false;
 }
 
 ep_status gpu_pass_end(compute *c)
