@@ -4,32 +4,8 @@
  * tile_product: the product of one packed tile in plain loops, in the order of the kernels, for
  * programs that prove them on a CPU. C11 and C++.
  */
-#include <math.h>
-#include <string.h>
 #include "kernels/cuda/layout.h"
-
-static float half_float(uint32_t h)
-{
-    int exp = (int)(h >> 10 & 31), frac = (int)(h & 1023);
-    float v = exp == 0 ? ldexpf((float)frac, -24) : ldexpf((float)(1024 + frac), exp - 25);
-    return h & 0x8000 ? -v : v;
-}
-
-/* The nearest value with `bits` bits of mantissa (11: half, 8: bfloat16), ties to even. */
-static float rounded(float x, int bits)
-{
-    int e;
-    float f = frexpf(x, &e);
-    return ldexpf(nearbyintf(ldexpf(f, bits)), e - bits);
-}
-
-static float bf16_float(uint32_t h)
-{
-    float f;
-    h <<= 16;
-    memcpy(&f, &h, 4);
-    return f;
-}
+#include "tests/unit/small_floats.h"
 
 /* One row of one tile times one activation row; the formula of gemm.cuh and wgmma.cuh. */
 static float tile_product(int type, const uint8_t *tile, int row, const float *x)
