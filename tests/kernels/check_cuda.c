@@ -232,6 +232,7 @@ static void check_pass(const layer *l, const int *counts, kern_act act, const ch
     bool bf16 = l->shape.gate_type == KERN_BF16 || l->shape.down_type == KERN_BF16;
     /* rows of floats lose more than the form that comes with bf16 weights */
     double bound = !bf16 ? 1e-3 : act == KERN_ACT_F32 ? 4e-3 : 2e-3;
+    if (p.a.n_pairs < 16) bound *= 3; /* the mean of few has more luck in it */
     printf("%-28s %5d pairs: mean relative error %.2e, from the CPU %.2e\n", what, p.a.n_pairs,
            error / size, apart / size);
     if (!(error <= bound * size)) check_fail("%s: error %.2e", what, error / size);
