@@ -15,6 +15,8 @@
 #define INLINE static inline __attribute__((always_inline))
 /* Loops over arrays of vectors must vanish, or the arrays live in memory. */
 #define UNROLL _Pragma("GCC unroll 8")
+/* A sum the compiler must not look into: regrouped as trees, sums outnumber the registers. */
+#define IN_ORDER(sum) __asm__("" : "+x"(sum))
 
 enum {
     HEAD_K = 256,
@@ -98,15 +100,19 @@ INLINE __m256i pair_index_top(int a, int b)
 
 INLINE __m256i madd_add(__m256i sum, __m256i a, __m256i b)
 {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    IN_ORDER(sum);
+    return sum;
 }
 
 /* s[i] += w . x[i] in pairs of 16 bits, x at byte `at` of each row's 32 */
 INLINE void meet(__m256i *s, __m256i w, const int8_t *const *x, const int at, const int rows)
 {
     UNROLL
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++) {
         s[i] = _mm256_add_epi16(s[i], _mm256_maddubs_epi16(w, word4(x[i] + at)));
+        IN_ORDER(s[i]);
+    }
 }
 
 INLINE void zero(__m256i *s, const int rows)
