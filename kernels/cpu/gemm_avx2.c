@@ -8,25 +8,7 @@
  * moves the sign to x: 2 * 128 * 127 fits as well, once. Up to MAX_ROWS rows share one unpacking.
  * Integers are exact, so only the float step of a block has a fixed form: ops.h's, bit for bit.
  */
-#include <immintrin.h>
-#include <string.h>
-#include "kernels/cpu/ops.h"
-
-#define INLINE static inline __attribute__((always_inline))
-/* Loops over arrays of vectors must vanish, or the arrays live in memory. */
-#define UNROLL _Pragma("GCC unroll 8")
-/* A sum the compiler must not look into: regrouped as trees, sums outnumber the registers. */
-#define IN_ORDER(sum) __asm__("" : "+x"(sum))
-
-enum {
-    HEAD_K = 256,
-    BLOCK_Q4_K = 2304,
-    BLOCK_Q5_K = 2816,
-    BLOCK_Q6_K = 3328,
-    NIBBLES = 256, /* bytes of the nibble vectors of 32 weights */
-    MAX_ROWS = 4,  /* sums, products and unpacked weights of so many rows fit in 16 registers */
-    AHEAD = 4096   /* distance of the software prefetch in bytes; the next panel follows this one */
-};
+#include "kernels/cpu/x256.h"
 
 typedef struct job {
     float *y;
@@ -54,72 +36,6 @@ INLINE const int16_t *row_sum16(const job *j, int i)
 INLINE const int16_t *row_sum32(const job *j, int i)
 {
     return j->a->sum32 + (size_t)(j->r + i) * j->a->ldsum;
-}
-
-INLINE __m256i load(const void *p)
-{
-    return _mm256_loadu_si256((const __m256i *)p);
-}
-
-INLINE __m256i word4(const void *p) /* four bytes in every lane */
-{
-    int32_t v;
-    memcpy(&v, p, sizeof(v));
-    return _mm256_set1_epi32(v);
-}
-
-INLINE __m256 half8(const void *p)
-{
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
-
-INLINE void ahead(const uint8_t *p, int bytes)
-{
-    UNROLL
-    for (int i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + AHEAD + i, _MM_HINT_T0);
-}
-
-/* Shuffle index that makes the 16-bit pair (byte a, byte b) of each lane, zero extended. */
-INLINE __m256i pair_index(int a, int b)
-{
-    const int v = (int)(0x80008000U | (unsigned)b << 16 | (unsigned)a);
-    return _mm256_add_epi8(_mm256_set1_epi32(v),
-                           _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004,
-                                             0x00080008, 0x000c000c));
-}
-
-/* The same with each byte in the upper half of its 16 bits, for sign extension by a shift. */
-INLINE __m256i pair_index_top(int a, int b)
-{
-    const int v = (int)(0x00800080U | (unsigned)b << 24 | (unsigned)a << 8);
-    return _mm256_add_epi8(_mm256_set1_epi32(v),
-                           _mm256_setr_epi32(0, 0x04000400, 0x08000800, 0x0c000c00, 0, 0x04000400,
-                                             0x08000800, 0x0c000c00));
-}
-
-INLINE __m256i madd_add(__m256i sum, __m256i a, __m256i b)
-{
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-    IN_ORDER(sum);
-    return sum;
-}
-
-/* s[i] += w . x[i] in pairs of 16 bits, x at byte `at` of each row's 32 */
-INLINE void meet(__m256i *s, __m256i w, const int8_t *const *x, const int at, const int rows)
-{
-    UNROLL
-    for (int i = 0; i < rows; i++) {
-        s[i] = _mm256_add_epi16(s[i], _mm256_maddubs_epi16(w, word4(x[i] + at)));
-        IN_ORDER(s[i]);
-    }
-}
-
-INLINE void zero(__m256i *s, const int rows)
-{
-    UNROLL
-    for (int i = 0; i < rows; i++)
-        s[i] = _mm256_setzero_si256();
 }
 
 INLINE void add_block(float (*acc)[16], const int rows, const int half, const job *j, int b,

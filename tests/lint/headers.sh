@@ -8,6 +8,7 @@ generated=$(dirname "$(find "$build" -name moed.pb-c.h | head -n 1)")
 for header in $(find base kernels proto model transport router_node expert_shard daemon tests -name '*.h' | sort); do
     case $header in kernels/cuda/*) continue ;; esac
     isa=
+    case $header in kernels/cpu/x256.h) isa="-mavx2 -mfma -mf16c" ;; esac
     case $header in kernels/cpu/x512.h) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mfma" ;; esac
     # $flags and $isa hold words.
     # shellcheck disable=SC2086
