@@ -371,13 +371,36 @@ INLINE void rows_float(const job *j, const int rows, const bool is_half)
     }
 }
 
-/* Per 32 weights an even and an odd chain, both kept in one half of the columns at a time. */
+/* The chains of the even or the odd ones of 32 weights, of all 16 columns: of four rows eight, as
+ * many as it takes to keep two multipliers of four cycles busy. */
+INLINE void chains(__m256 (*c)[2], const float (*x)[16], const uint8_t *p, const bool odd,
+                   const int rows)
+{
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000U);
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        c[i][0] = c[i][1] = _mm256_setzero_ps();
+    for (int t = 0; t < 16; t++, p += 64) {
+        __m256i w0 = load(p), w1 = load(p + 32);
+        if (!odd) ahead(p, 64); /* the second time it is there */
+        w0 = odd ? _mm256_and_si256(w0, upper) : _mm256_slli_epi32(w0, 16);
+        w1 = odd ? _mm256_and_si256(w1, upper) : _mm256_slli_epi32(w1, 16);
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            const __m256 v = _mm256_broadcast_ss(&x[i][t]);
+            c[i][0] = _mm256_fmadd_ps(v, _mm256_castsi256_ps(w0), c[i][0]);
+            c[i][1] = _mm256_fmadd_ps(v, _mm256_castsi256_ps(w1), c[i][1]);
+        }
+    }
+}
+
 INLINE void rows_bf16(const job *j, const int rows)
 {
     const __m256i upper = _mm256_set1_epi32((int)0xffff0000U);
     _Alignas(32) float acc[MAX_ROWS][16] = {{0}}, even[MAX_ROWS][16], odd[MAX_ROWS][16];
     const uint8_t *p = j->panel;
     for (int b = 0; b < (j->a->k + 31) / 32; b++, p += 1024) {
+        __m256 e[MAX_ROWS][2], o[MAX_ROWS][2];
         UNROLL
         for (int i = 0; i < rows; i++) {
             const uint16_t *h = j->a->h + (size_t)(j->r + i) * j->a->ldh + 32 * (size_t)b;
@@ -388,26 +411,15 @@ INLINE void rows_bf16(const job *j, const int rows)
                 _mm256_store_si256((__m256i *)(odd[i] + 8 * c), _mm256_and_si256(x, upper));
             }
         }
-        for (int half = 0; half < 2; half++) {
-            __m256 e[MAX_ROWS], o[MAX_ROWS];
+        chains(e, (const float(*)[16])even, p, false, rows);
+        chains(o, (const float(*)[16])odd, p, true, rows);
+        UNROLL
+        for (int i = 0; i < rows; i++) {
             UNROLL
-            for (int i = 0; i < rows; i++)
-                e[i] = o[i] = _mm256_setzero_ps();
-            for (int t = 0; t < 16; t++) {
-                const __m256i w = load(p + 64 * t + 32 * half);
-                const __m256 we = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
-                const __m256 wo = _mm256_castsi256_ps(_mm256_and_si256(w, upper));
-                if (half == 0) ahead(p + 64 * t, 64);
-                UNROLL
-                for (int i = 0; i < rows; i++) {
-                    e[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(&even[i][t]), we, e[i]);
-                    o[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(&odd[i][t]), wo, o[i]);
-                }
-            }
-            UNROLL
-            for (int i = 0; i < rows; i++) {
-                float *at = acc[i] + 8 * half;
-                _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), _mm256_add_ps(e[i], o[i])));
+            for (int c = 0; c < 2; c++) {
+                float *at = acc[i] + 8 * c;
+                _mm256_store_ps(at,
+                                _mm256_add_ps(_mm256_load_ps(at), _mm256_add_ps(e[i][c], o[i][c])));
             }
         }
     }
