@@ -57,35 +57,6 @@ INLINE void store_rows(const job *j, const float (*acc)[16], const int rows)
 
 /* ---- Q4_K, Q5_K ---- */
 
-typedef struct head {
-    __m256i sc[8];  /* pairs (sc, sc) */
-    __m256i min[4]; /* pairs (m[2p], m[2p + 1]) */
-    __m256 d, dmin;
-} head;
-
-INLINE void head_k(head *h, const uint8_t *p, const int half)
-{
-    const __m256i low = _mm256_set1_epi8(15), top = _mm256_set1_epi8(0x30);
-    p += 32 * half;
-    const __m256i s0 = load(p), s1 = load(p + 64), s2 = load(p + 128);
-    __m256i sc[2], m[2];
-    sc[0] =
-        _mm256_or_si256(_mm256_and_si256(s0, low), _mm256_and_si256(_mm256_slli_epi16(s2, 4), top));
-    sc[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(s0, 4), low),
-                            _mm256_and_si256(_mm256_slli_epi16(s2, 2), top));
-    m[0] = _mm256_or_si256(_mm256_and_si256(s1, low), _mm256_and_si256(s2, top));
-    m[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(s1, 4), low),
-                           _mm256_and_si256(_mm256_srli_epi16(s2, 2), top));
-    UNROLL
-    for (int c = 0; c < 8; c++)
-        h->sc[c] = _mm256_shuffle_epi8(sc[c / 4], pair_index(c % 4, c % 4));
-    UNROLL
-    for (int c = 0; c < 4; c++)
-        h->min[c] = _mm256_shuffle_epi8(m[c / 2], pair_index(c % 2 * 2, c % 2 * 2 + 1));
-    h->d = half8(p + 192 - 16 * half);
-    h->dmin = half8(p + 224 - 16 * half);
-}
-
 INLINE void block_k(const job *j, const int rows, const bool five, const uint8_t *p, int b,
                     const int half, float (*acc)[16])
 {
@@ -207,12 +178,10 @@ INLINE void block_q6(const job *j, const int rows, const uint8_t *p, int b, cons
             UNROLL
             for (int u = 0; u < 2; u++) {
                 const int n = 2 * c + u;
-                const __m256i scale =
-                    _mm256_srai_epi16(_mm256_shuffle_epi8(scales, pair_index_top(n, n)), 8);
+                const __m256i scale = signed_pair(scales, n, n);
                 six16(total, nibbles, 4 * u, load(high + 64 * u), scale, x, 16 * u, rows);
             }
-            const __m256i both =
-                _mm256_srai_epi16(_mm256_shuffle_epi8(scales, pair_index_top(2 * c, 2 * c + 1)), 8);
+            const __m256i both = signed_pair(scales, 2 * c, 2 * c + 1);
             UNROLL
             for (int i = 0; i < rows; i++) {
                 offset[i] =
@@ -231,11 +200,6 @@ INLINE void block_q6(const job *j, const int rows, const uint8_t *p, int b, cons
         v[i] = _mm256_mul_ps(d, _mm256_cvtepi32_ps(total[i]));
     }
     add_block(acc, rows, half, j, b, v);
-}
-
-INLINE size_t panel_head(int blocks)
-{
-    return ((size_t)blocks * 32 + 63) & ~(size_t)63;
 }
 
 INLINE void rows_q6_k(const job *j, const int rows)
@@ -303,7 +267,7 @@ INLINE void rows_flat(const job *j, const int rows, const int type)
 {
     _Alignas(32) float acc[MAX_ROWS][16] = {{0}};
     const int parts = type == KERN_GPTQ4 ? 4 : 1, blocks = j->a->k / (32 * parts);
-    const int bytes = type == KERN_Q8_0 ? 512 : type == KERN_Q5_0 ? 320 : 256;
+    const int bytes = flat_bytes(type);
     const int zero_point = type == KERN_Q8_0 ? 0 : type == KERN_Q5_0 ? 16 : 8;
     const uint8_t *p = j->panel + panel_head(blocks);
     const int8_t *x[MAX_ROWS];
@@ -464,37 +428,58 @@ INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows
 
 static void q4_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q4_0);
+    if (a->m > MAX_ROWS)
+        kern_gemm_avx2_many.q4_0(y, ldy, panel, a);
+    else
+        all_rows(y, ldy, panel, a, KERN_Q4_0);
 }
 
 static void q5_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q5_0);
+    if (a->m > MAX_ROWS)
+        kern_gemm_avx2_many.q5_0(y, ldy, panel, a);
+    else
+        all_rows(y, ldy, panel, a, KERN_Q5_0);
 }
 
 static void q8_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q8_0);
+    if (a->m > MAX_ROWS)
+        kern_gemm_avx2_many.q8_0(y, ldy, panel, a);
+    else
+        all_rows(y, ldy, panel, a, KERN_Q8_0);
 }
 
 static void q4_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q4_K);
+    if (a->m > MAX_ROWS)
+        kern_gemm_avx2_many.q4_k(y, ldy, panel, a);
+    else
+        all_rows(y, ldy, panel, a, KERN_Q4_K);
 }
 
 static void q5_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q5_K);
+    if (a->m > MAX_ROWS)
+        kern_gemm_avx2_many.q5_k(y, ldy, panel, a);
+    else
+        all_rows(y, ldy, panel, a, KERN_Q5_K);
 }
 
 static void q6_k(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_Q6_K);
+    if (a->m > MAX_ROWS)
+        kern_gemm_avx2_many.q6_k(y, ldy, panel, a);
+    else
+        all_rows(y, ldy, panel, a, KERN_Q6_K);
 }
 
 static void gptq4(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
-    all_rows(y, ldy, panel, a, KERN_GPTQ4);
+    if (a->m > MAX_ROWS)
+        kern_gemm_avx2_many.gptq4(y, ldy, panel, a);
+    else
+        all_rows(y, ldy, panel, a, KERN_GPTQ4);
 }
 
 static void f32(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)

@@ -57,6 +57,8 @@ typedef struct kern_gemm {
 /* kernels/cpu/gemm_<isa>.c; a NULL entry falls back to the next lower level (amx -> avx512 -> avx2
  * -> scalar); scalar has none. */
 extern const kern_gemm kern_gemm_scalar, kern_gemm_avx2, kern_gemm_avx512, kern_gemm_amx;
+/* What kern_gemm_avx2 leaves to it: quantised types and more rows than four (it takes any). */
+extern const kern_gemm kern_gemm_avx2_many;
 /* kern_gemm_avx512 with the prefetch that AMD's processors want. */
 extern const kern_gemm kern_gemm_avx512_far;
 /* BF16 for processors of the level avx512 that have AVX512_BF16; nothing else. */

@@ -67,6 +67,12 @@ INLINE __m256i pair_index_top(int a, int b)
                                              0x08000800, 0x0c000c00));
 }
 
+/* Bytes a and b of each lane as words, sign extended. */
+INLINE __m256i signed_pair(__m256i v, int a, int b)
+{
+    return _mm256_srai_epi16(_mm256_shuffle_epi8(v, pair_index_top(a, b)), 8);
+}
+
 INLINE __m256i madd_add(__m256i sum, __m256i a, __m256i b)
 {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
@@ -89,6 +95,48 @@ INLINE void zero(__m256i *s, const int rows)
     UNROLL
     for (int i = 0; i < rows; i++)
         s[i] = _mm256_setzero_si256();
+}
+
+/* Halves of d come first in panels of types with nothing else beside their codes, and of Q6_K. */
+INLINE size_t panel_head(int blocks)
+{
+    return ((size_t)blocks * 32 + 63) & ~(size_t)63;
+}
+
+/* Bytes of 32 weights of such a type. */
+INLINE int flat_bytes(const int type)
+{
+    return type == KERN_Q8_0 ? 512 : type == KERN_Q5_0 ? 320 : 256;
+}
+
+/* The head of a Q4_K or Q5_K block. */
+typedef struct head {
+    __m256i sc[8];  /* pairs (sc, sc) */
+    __m256i min[4]; /* pairs (m[2p], m[2p + 1]) */
+    __m256 d, dmin;
+} head;
+
+INLINE void head_k(head *h, const uint8_t *p, const int half)
+{
+    const __m256i low = _mm256_set1_epi8(15), top = _mm256_set1_epi8(0x30);
+    p += 32 * half;
+    const __m256i s0 = load(p), s1 = load(p + 64), s2 = load(p + 128);
+    __m256i sc[2], m[2];
+    sc[0] =
+        _mm256_or_si256(_mm256_and_si256(s0, low), _mm256_and_si256(_mm256_slli_epi16(s2, 4), top));
+    sc[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(s0, 4), low),
+                            _mm256_and_si256(_mm256_slli_epi16(s2, 2), top));
+    m[0] = _mm256_or_si256(_mm256_and_si256(s1, low), _mm256_and_si256(s2, top));
+    m[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(s1, 4), low),
+                           _mm256_and_si256(_mm256_srli_epi16(s2, 2), top));
+    UNROLL
+    for (int c = 0; c < 8; c++)
+        h->sc[c] = _mm256_shuffle_epi8(sc[c / 4], pair_index(c % 4, c % 4));
+    UNROLL
+    for (int c = 0; c < 4; c++)
+        h->min[c] = _mm256_shuffle_epi8(m[c / 2], pair_index(c % 2 * 2, c % 2 * 2 + 1));
+    h->d = half8(p + 192 - 16 * half);
+    h->dmin = half8(p + 224 - 16 * half);
 }
 
 #endif
