@@ -20,7 +20,8 @@ typedef struct job {
     float *y;
     size_t ldy;
     const kern_rows *a;
-    int r, k; /* first row of the group, first weight of the plane */
+    int r, k;            /* first row of the group, first weight of the plane */
+    const uint8_t *next; /* what to ask memory for, NULL: nothing */
 } job;
 
 /* ---- unpacking ---- */
@@ -69,9 +70,7 @@ INLINE void unpack_k(plane *o, const uint8_t *p, const bool five)
         o->d[0][half] = h.d;
         o->dmin[half] = h.dmin;
     }
-    ahead(p, five ? 768 : 256);
     for (int c = 0; c < 8; c++, nibbles += NIBBLES, high += 64) {
-        ahead(nibbles, NIBBLES);
         codes(o->code + 8 * c, nibbles, high, five);
     }
 }
@@ -90,10 +89,8 @@ INLINE void unpack_q6(plane *o, const uint8_t *p, const uint8_t *d)
                 _mm256_mullo_epi16(signed_pair(scales, 2 * n, 2 * n + 1), times);
         o->d[0][half] = half8(d + 16 * half);
     }
-    ahead(p, 1280);
     for (int c = 0; c < 8; c++) {
         const uint8_t *nibbles = p + 1280 + NIBBLES * c;
-        ahead(nibbles, NIBBLES);
         codes(o->code + 8 * c, nibbles, p + 256 + 128 * c, 2);
     }
 }
@@ -103,7 +100,6 @@ INLINE void unpack_flat(plane *o, const uint8_t *p, const uint8_t *d, const int 
 {
     const int bytes = flat_bytes(type), parts = type == KERN_GPTQ4 ? 4 : 1;
     for (int c = 0; c < n; c++, p += bytes) {
-        ahead(p, bytes);
         UNROLL
         for (int half = 0; half < 2; half++)
             o->d[c][half] = half8(d + 32 * (c / parts) + 16 * half);
@@ -120,19 +116,31 @@ INLINE void unpack_flat(plane *o, const uint8_t *p, const uint8_t *d, const int 
     }
 }
 
-INLINE void unpack(plane *o, const uint8_t *panel, const kern_rows *a, int k, int n, const int type)
+/* Bytes of 256 weights of sixteen columns. */
+INLINE int bytes256(const int type)
 {
-    if (type == KERN_Q4_K || type == KERN_Q5_K) {
-        const bool five = type == KERN_Q5_K;
-        unpack_k(o, panel + (size_t)(k / 256) * (five ? BLOCK_Q5_K : BLOCK_Q4_K), five);
-    } else if (type == KERN_Q6_K) {
-        const uint8_t *p = panel + panel_head(a->k / 256) + (size_t)(k / 256) * BLOCK_Q6_K;
-        unpack_q6(o, p, panel + k / 8);
-    } else {
-        const int block = type == KERN_GPTQ4 ? 128 : 32;
-        const uint8_t *p = panel + panel_head(a->k / block) + (size_t)(k / 32) * flat_bytes(type);
-        unpack_flat(o, p, panel + (size_t)(k / block) * 32, n, type);
-    }
+    return type == KERN_Q4_K   ? BLOCK_Q4_K
+           : type == KERN_Q5_K ? BLOCK_Q5_K
+           : type == KERN_Q6_K ? BLOCK_Q6_K
+                               : 8 * flat_bytes(type);
+}
+
+/* n times 32 weights from k on. Returns where the next ones lie. */
+INLINE const uint8_t *unpack(plane *o, const uint8_t *panel, const kern_rows *a, int k, int n,
+                             const int type)
+{
+    const bool is_k = type == KERN_Q4_K || type == KERN_Q5_K;
+    const int block = type == KERN_Q6_K ? 256 : type == KERN_GPTQ4 ? 128 : 32;
+    const uint8_t *d = panel + (size_t)(k / block) * 32;
+    const uint8_t *p = panel + (is_k ? 0 : panel_head(a->k / block));
+    p += (size_t)(k / 256) * (size_t)bytes256(type);
+    if (is_k)
+        unpack_k(o, p, type == KERN_Q5_K);
+    else if (type == KERN_Q6_K)
+        unpack_q6(o, p, d);
+    else
+        unpack_flat(o, p, d, n, type);
+    return p + bytes256(type);
 }
 
 /* ---- rows ---- */
@@ -214,6 +222,23 @@ INLINE void clear(__m256i (*total)[2], const int rows)
         total[i][0] = total[i][1] = _mm256_setzero_si256();
 }
 
+/* Lines of memory in a sixteenth of 256 weights, rounded up. */
+INLINE int share(const int type)
+{
+    return (bytes256(type) / 64 + 15) / 16;
+}
+
+/* Asks for a share of the next 256 weights at each of the eight steps of the first two groups:
+ * asked for all at once, while these are unpacked, they made the rows wait, and then memory idled.
+ */
+INLINE void fetch(const job *j, int step, const int type)
+{
+    if (j->next == NULL) return;
+    UNROLL
+    for (int i = 0; i < share(type); i++)
+        _mm_prefetch((const char *)j->next + 64 * (share(type) * step + i), _MM_HINT_T0);
+}
+
 INLINE void meet_k(const job *j, const plane *o, const int type, const int rows)
 {
     const int pairs = type == KERN_Q6_K ? 8 : 4, scales = type == KERN_Q6_K ? 2 : 1;
@@ -223,6 +248,7 @@ INLINE void meet_k(const job *j, const plane *o, const int type, const int rows)
     rows_at(j, x, sums, type, rows);
     clear(total, rows);
     for (int c = 0; c < 8; c++) {
+        fetch(j, c, type);
         sum32(total, o->code + 8 * c, o->scale + scales * c, x, type, rows);
         UNROLL
         for (int i = 0; i < rows; i++)
@@ -260,6 +286,7 @@ INLINE void meet_flat(const job *j, const plane *o, const int n, const int type,
     rows_at(j, x, sums, type, rows);
     clear(total, rows);
     for (int c = 0; c < n; c++) {
+        fetch(j, c, type);
         if (type == KERN_Q8_0)
             sum32_q8(total, o->code + 8 * c, o->sign + 8 * c, x, rows);
         else
@@ -300,9 +327,11 @@ INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows
         memset(y + (size_t)r * ldy, 0, 16 * sizeof(float));
     for (; j.k < a->k; j.k += 256) {
         const int n = a->k - j.k < 256 ? (a->k - j.k) / 32 : 8;
-        unpack(&o, panel, a, j.k, n, type);
-        for (j.r = 0; a->m - j.r >= most; j.r += most)
+        j.next = unpack(&o, panel, a, j.k, n, type);
+        for (j.r = 0; a->m - j.r >= most; j.r += most) {
             meet_any(&j, &o, n, type, most);
+            j.next = j.r == 0 ? j.next + 8 * 64 * share(type) : NULL;
+        }
         switch (a->m - j.r) {
         case 3:
             meet_any(&j, &o, n, type, 3);
