@@ -10,12 +10,17 @@
  */
 #include "kernels/cpu/x256.h"
 
+/* BF16: so many rows meet so many blocks before the next ones, so that memory is read at one pace;
+ * more rows meet a whole panel, since their own bytes no longer stay in L1. */
+enum { BF16_ROWS = 12, BF16_BLOCKS = 4 };
+
 typedef struct job {
     float *y;
     size_t ldy;
     const uint8_t *panel;
     const kern_rows *a;
-    int r; /* first row of the group */
+    int r;           /* first row of the group */
+    int first, last; /* BF16: blocks of 32 that the rows meet in this round */
 } job;
 
 INLINE const int8_t *row_q(const job *j, int i)
@@ -361,9 +366,11 @@ INLINE void chains(__m256 (*c)[2], const float (*x)[16], const uint8_t *p, const
 INLINE void rows_bf16(const job *j, const int rows)
 {
     const __m256i upper = _mm256_set1_epi32((int)0xffff0000U);
-    _Alignas(32) float acc[MAX_ROWS][16] = {{0}}, even[MAX_ROWS][16], odd[MAX_ROWS][16];
-    const uint8_t *p = j->panel;
-    for (int b = 0; b < (j->a->k + 31) / 32; b++, p += 1024) {
+    _Alignas(32) float acc[MAX_ROWS][16], even[MAX_ROWS][16], odd[MAX_ROWS][16];
+    const uint8_t *p = j->panel + (size_t)j->first * 1024;
+    for (int i = 0; i < rows; i++)
+        memcpy(acc[i], j->y + (size_t)(j->r + i) * j->ldy, sizeof acc[i]);
+    for (int b = j->first; b < j->last; b++, p += 1024) {
         __m256 e[MAX_ROWS][2], o[MAX_ROWS][2];
         UNROLL
         for (int i = 0; i < rows; i++) {
@@ -406,24 +413,29 @@ INLINE void rows_any(const job *j, const int rows, const int type)
         rows_flat(j, rows, type);
 }
 
-INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a, const int type)
+INLINE void groups(job *j, const int type)
 {
-    job j = {.y = y, .ldy = ldy, .panel = panel, .a = a};
-    for (; a->m - j.r >= MAX_ROWS; j.r += MAX_ROWS)
-        rows_any(&j, MAX_ROWS, type);
-    switch (a->m - j.r) {
+    for (; j->a->m - j->r >= MAX_ROWS; j->r += MAX_ROWS)
+        rows_any(j, MAX_ROWS, type);
+    switch (j->a->m - j->r) {
     case 3:
-        rows_any(&j, 3, type);
+        rows_any(j, 3, type);
         break;
     case 2:
-        rows_any(&j, 2, type);
+        rows_any(j, 2, type);
         break;
     case 1:
-        rows_any(&j, 1, type);
+        rows_any(j, 1, type);
         break;
     default:
         break;
     }
+}
+
+INLINE void all_rows(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a, const int type)
+{
+    job j = {.y = y, .ldy = ldy, .panel = panel, .a = a};
+    groups(&j, type);
 }
 
 static void q4_0(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
@@ -494,9 +506,17 @@ static void f16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 
 static void bf16(float *y, size_t ldy, const uint8_t *panel, const kern_rows *a)
 {
+    const int blocks = (a->k + 31) / 32;
     const unsigned saved = _mm_getcsr();
     _mm_setcsr(saved | 0x8040); /* denormals are zero, going in and coming out */
-    all_rows(y, ldy, panel, a, KERN_BF16);
+    for (int r = 0; r < a->m; r++)
+        memset(y + (size_t)r * ldy, 0, 16 * sizeof(float));
+    for (job j = {.y = y, .ldy = ldy, .panel = panel, .a = a}; j.last < blocks; j.first = j.last) {
+        j.last =
+            a->m > BF16_ROWS || blocks - j.first < BF16_BLOCKS ? blocks : j.first + BF16_BLOCKS;
+        j.r = 0;
+        groups(&j, KERN_BF16);
+    }
     _mm_setcsr(saved);
 }
 
