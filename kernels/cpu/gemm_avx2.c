@@ -5,8 +5,9 @@
  * Weights meet a row by vpmaddubsw, whose 16-bit pairs must not saturate: |x| <= 127, so nibbles
  * (2 * 15 * 127 = 3810) may be added up eight times, five-bit codes four times and six-bit codes
  * twice before vpmaddwd widens them, together with the sub-block's scale. Q8_0 uses |w| <= 128 and
- * moves the sign to x: 2 * 128 * 127 fits as well, once. Up to MAX_ROWS rows share one unpacking.
- * Integers are exact, so only the float step of a block has a fixed form: ops.h's, bit for bit.
+ * moves the sign to x: 2 * 128 * 127 fits as well, once. Up to MAX_ROWS rows share one unpacking;
+ * more go to gemm_avx2_many.c, except those of floats. Integers are exact, so only the float step
+ * of a block has a fixed form: ops.h's, bit for bit.
  */
 #include "kernels/cpu/x256.h"
 

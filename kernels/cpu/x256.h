@@ -2,8 +2,8 @@
 #define EP_KERNELS_CPU_X256_H
 /*
  * x256: how AVX2 code reads the packed layout of formats.h, and the exact integer steps of its
- * products; x512.h's counterpart, for gemm_avx2.c only. Everything is inlined: an ISA file must not
- * leak a function that general code could be linked against. Nothing here rounds.
+ * products; x512.h's counterpart, for gemm_avx2.c and gemm_avx2_many.c. Everything is inlined: an
+ * ISA file must not leak a function that general code could be linked against. Nothing here rounds.
  */
 #include <immintrin.h>
 #include <string.h>
