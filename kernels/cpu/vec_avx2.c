@@ -13,7 +13,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { POSITIONS = 4 }; /* scored together */
+enum {
+    POSITIONS = 4, /* scored together */
+    NEAR = 32      /* that stay in L1 while heads share them: 16 KB of keys of 128 floats */
+};
 
 /* The 16 lanes. */
 typedef struct pair {
@@ -322,11 +325,18 @@ INLINE const float *next_position(walk *w, const kern_attn_args *a)
     return p;
 }
 
-static void score(float *scores, const kern_attn_args *a)
+INLINE walk walk_from(const kern_attn_args *a, int t)
 {
-    walk here = {a->pages, 0, 0};
-    for (int t = 0; t < a->n_pos; t += POSITIONS) {
-        int n = a->n_pos - t < POSITIONS ? a->n_pos - t : POSITIONS;
+    size_t slot = (size_t)(t % a->page_tokens);
+    return (walk){a->pages + t / a->page_tokens, slot, slot * a->stride};
+}
+
+/* Positions from .. to-1 of one head. */
+static void score(float *scores, const kern_attn_args *a, int from, int to)
+{
+    walk here = walk_from(a, from);
+    for (int t = from; t < to; t += POSITIONS) {
+        int n = to - t < POSITIONS ? to - t : POSITIONS;
         const float *key[POSITIONS];
         pair sum[POSITIONS];
         for (int j = 0; j < POSITIONS; j++) {
@@ -346,15 +356,15 @@ static void score(float *scores, const kern_attn_args *a)
     }
 }
 
-/* 64 outputs over all positions, in registers. */
-static void weigh_64(float *out, const kern_attn_args *a, const float *p, int at)
+/* 64 outputs over positions from .. to-1, in registers; from 0 they begin, else they go on. */
+static void weigh_64(float *out, const kern_attn_args *a, const float *p, int at, int from, int to)
 {
     __m256 sum[8];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++)
-        sum[j] = _mm256_setzero_ps();
-    walk here = {a->pages, 0, 0};
-    for (int t = 0; t < a->n_pos; t++) {
+        sum[j] = from > 0 ? _mm256_loadu_ps(out + at + 8 * j) : _mm256_setzero_ps();
+    walk here = walk_from(a, from);
+    for (int t = from; t < to; t++) {
         const float *v = next_position(&here, a) + a->v_off + at;
         __m256 f = _mm256_set1_ps(p[t]);
 #pragma GCC unroll 8
@@ -366,31 +376,54 @@ static void weigh_64(float *out, const kern_attn_args *a, const float *p, int at
         _mm256_storeu_ps(out + at + 8 * j, sum[j]);
 }
 
-static void weigh_8(float *out, const kern_attn_args *a, const float *p, int at)
+static void weigh_8(float *out, const kern_attn_args *a, const float *p, int at, int from, int to)
 {
     __m256i mask = tail_mask(a->dim - at < 8 ? a->dim - at : 8);
-    __m256 sum = _mm256_setzero_ps();
-    walk here = {a->pages, 0, 0};
-    for (int t = 0; t < a->n_pos; t++) {
+    __m256 sum = from > 0 ? _mm256_maskload_ps(out + at, mask) : _mm256_setzero_ps();
+    walk here = walk_from(a, from);
+    for (int t = from; t < to; t++) {
         __m256 v = _mm256_maskload_ps(next_position(&here, a) + a->v_off + at, mask);
         sum = _mm256_fmadd_ps(_mm256_set1_ps(p[t]), v, sum);
     }
     _mm256_maskstore_ps(out + at, mask, sum);
 }
 
-static void attn_head(float *out, const kern_attn_args *a, float *scores)
+static void weigh(float *out, const kern_attn_args *a, const float *p, int from, int to)
 {
-    score(scores, a);
-    if (!softmax(scores, a->n_pos)) {
-        for (int i = 0; i < a->dim; i++)
-            out[i] = float_of(0x7fc00000u);
-        return;
-    }
     int i = 0;
     for (; i + 64 <= a->dim; i += 64)
-        weigh_64(out, a, scores, i);
+        weigh_64(out, a, p, i, from, to);
     for (; i < a->dim; i += 8)
-        weigh_8(out, a, scores, i);
+        weigh_8(out, a, p, i, from, to);
+}
+
+/* All heads meet NEAR positions before the next ones, so that keys and values come from L1. */
+static void attn_heads(float *out, const kern_attn_args *a, int n, float *scores)
+{
+    const size_t dim = (size_t)a->dim, lds = kern_attn_scores(a->n_pos);
+    kern_attn_args one = *a;
+    for (int from = 0; from < a->n_pos; from += NEAR) {
+        int to = a->n_pos - from < NEAR ? a->n_pos : from + NEAR;
+        for (int h = 0; h < n; h++) {
+            one.q = a->q + (size_t)h * dim;
+            score(scores + (size_t)h * lds, &one, from, to);
+        }
+    }
+    for (int h = 0; h < n; h++) /* what has no softmax gets a mark that no softmax has */
+        if (!softmax(scores + (size_t)h * lds, a->n_pos)) scores[(size_t)h * lds] = -1.0f;
+    for (int from = 0; from < a->n_pos; from += NEAR) {
+        int to = a->n_pos - from < NEAR ? a->n_pos : from + NEAR;
+        for (int h = 0; h < n; h++)
+            weigh(out + (size_t)h * dim, a, scores + (size_t)h * lds, from, to);
+    }
+    for (int h = 0; h < n; h++)
+        for (size_t i = 0; i < dim && scores[(size_t)h * lds] < 0.0f; i++)
+            out[(size_t)h * dim + i] = float_of(0x7fc00000u);
+}
+
+static void attn_head(float *out, const kern_attn_args *a, float *scores)
+{
+    attn_heads(out, a, 1, scores);
 }
 
 const kern_vec kern_vec_avx2 = {
@@ -407,4 +440,5 @@ const kern_vec kern_vec_avx2 = {
     .silu_mul = silu_mul,
     .rope = rope,
     .attn_head = attn_head,
+    .attn_heads = attn_heads,
 };
