@@ -2,7 +2,7 @@
 #define EP_KERNELS_CUDA_PACK_H
 /*
  * pack: one expert's role to the device layout and back, on the CPU; part of every build. The
- * device does the same with the same words (kernels.cu), so both give the same bytes.
+ * device does the same with the same words (side.cuh), so both give the same bytes.
  */
 #include "kernels/cuda/layout.h"
 
