@@ -1,6 +1,6 @@
 // One block of threads on a CPU, for the product kernels' own source: what mma.cuh and chain.cuh offer as single
 // instructions is done here in plain C++, as late as the hardware may do it. Threads are contexts that take turns in
-// a random order.
+// a random order; now and then one of them, or a warp, stands still while the others go as far as they can.
 //
 // Late means: a cp.async lands when its thread waits for it, a bulk copy at any time before its barrier opens; what
 // a thread wrote reaches wgmma only with its next fence; a wgmma reads its operands and writes its sums when its
@@ -50,14 +50,17 @@ static inline int min(int a, int b)
 
 // ---- threads ----
 
-enum { MOST_THREADS = 384, STACK_BYTES = 64 * 1024, SHARED_BYTES = 227 * 1024, SHARED_AT = 0x410 };
+enum { MOST_THREADS = 512, STACK_BYTES = 64 * 1024, SHARED_BYTES = 227 * 1024, SHARED_AT = 0x410 };
 
 // A shared address is not a multiple of 1024 at the start: the kernel has to see to that itself.
 alignas(1024) uint8_t shared[SHARED_BYTES];
 static uint8_t seen_by_async[SHARED_BYTES]; // what wgmma sees of it
 
+// Arrays that a kernel declares for its block, where a program puts them into this section.
+extern uint8_t __start_of_block[] __attribute__((weak)), __stop_of_block[] __attribute__((weak));
+
 struct dim {
-    unsigned x;
+    unsigned x, y;
 };
 static dim threadIdx, blockIdx, gridDim, blockDim;
 
@@ -76,6 +79,8 @@ struct thread {
     ucontext_t context; // where it begins
     jmp_buf at;         // where it goes on: switching contexts asks the kernel for signal masks
     bool begun, done;
+    const uint32_t *waits_at; // until this is not `seen` any more; or NULL
+    uint32_t seen;
     std::deque<std::vector<copy>> copies; // groups that are in flight
     std::vector<copy> open;               // the group that is not closed yet
     std::vector<uint32_t> unfenced;       // landed, wgmma does not see them yet
@@ -110,21 +115,30 @@ static void maybe_yield()
     if (any_number() % 4 == 0) yield();
 }
 
+static void wait_while(const uint32_t &word, uint32_t is)
+{
+    self().waits_at = &word;
+    self().seen = is;
+    while (word == is)
+        yield();
+    self().waits_at = nullptr;
+}
+
 // All threads of a group come here before one goes on.
 struct meeting {
-    int come, round;
+    int come;
+    uint32_t round;
 };
 static meeting of_warp[MOST_THREADS / 32], of_group[MOST_THREADS / 128], of_block;
 static void meet(meeting &m, int size)
 {
-    const int round = m.round;
+    const uint32_t round = m.round;
     idle = 0;
     if (++m.come == size) {
         m.come = 0;
         m.round++;
     }
-    while (m.round == round)
-        yield();
+    wait_while(m.round, round);
 }
 static void __syncwarp()
 {
@@ -320,8 +334,7 @@ static bool barrier_test(uint32_t bar, uint32_t parity)
 }
 static void barrier_wait(uint32_t bar, uint32_t parity)
 {
-    while (barrier_at(bar).phase == parity)
-        yield();
+    wait_while(barrier_at(bar).phase, parity);
     maybe_yield();
     idle = 0;
 }
@@ -460,38 +473,72 @@ static void go_on()
     setcontext(&t.context);
 }
 
-// Runs `work` as every thread of every block; false when they wait for each other for ever.
-static bool run_grid(void (*work)(), int blocks, int n_threads)
+static bool can_go_on(const thread &t)
+{
+    return !t.done && (t.waits_at == nullptr || *t.waits_at != t.seen);
+}
+
+// Threads that stand still for some rounds of turns, or until all others wait for them: one, a warp, or none.
+struct sleepers {
+    unsigned first, n;
+    int rounds;
+};
+static void fall_asleep(sleepers &s, unsigned n_threads)
+{
+    if (--s.rounds > 0) return;
+    s.n = any_number() % 2 ? 32 : 1;
+    s.first = any_number() % (2 * n_threads) / s.n * s.n;
+    s.rounds = (int)(any_number() % 64);
+}
+
+static void start_block(int n_threads)
 {
     static std::vector<uint8_t> stacks((size_t)MOST_THREADS * STACK_BYTES);
-    body = work;
-    gridDim.x = (unsigned)blocks;
-    blockDim.x = (unsigned)n_threads;
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) {
-        memset(shared, 0xff, sizeof shared); // not a number in any form
-        memset(seen_by_async, 0xff, sizeof seen_by_async);
-        for (int i = 0; i < n_threads; i++) {
-            threads[i].done = threads[i].begun = false;
-            getcontext(&threads[i].context);
-            threads[i].context.uc_stack.ss_sp = &stacks[(size_t)i * STACK_BYTES];
-            threads[i].context.uc_stack.ss_size = STACK_BYTES;
-            threads[i].context.uc_link = nullptr;
-            makecontext(&threads[i].context, enter, 0);
-        }
-        int left = n_threads;
-        for (idle = 0; left > 0;) {
-            left = 0;
-            const unsigned first = any_number() % (unsigned)n_threads, step = 2 * (any_number() % 64) + 1;
-            for (int i = 0; i < n_threads; i++) { // 384 and 256 have no odd divisor but 3
-                threadIdx.x = (first + (unsigned)i * (step % 3 == 0 ? step + 2 : step)) % (unsigned)n_threads;
-                if (self().done) continue;
-                left++;
-                go_on();
-            }
-            if (!bulks.empty() && any_number() % 4 == 0) land_bulk();
-            if (++idle > 1000 && bulks.empty()) return false;
-        }
+    memset(shared, 0xff, sizeof shared); // not a number in any form
+    memset(seen_by_async, 0xff, sizeof seen_by_async);
+    if (__start_of_block != nullptr) memset(__start_of_block, 0xff, (size_t)(__stop_of_block - __start_of_block));
+    for (int i = 0; i < n_threads; i++) {
+        threads[i].done = threads[i].begun = false;
+        threads[i].waits_at = nullptr;
+        getcontext(&threads[i].context);
+        threads[i].context.uc_stack.ss_sp = &stacks[(size_t)i * STACK_BYTES];
+        threads[i].context.uc_stack.ss_size = STACK_BYTES;
+        threads[i].context.uc_link = nullptr;
+        makecontext(&threads[i].context, enter, 0);
     }
+}
+
+static bool run_block(unsigned n_threads)
+{
+    sleepers asleep = {};
+    start_block((int)n_threads);
+    for (idle = 0;;) {
+        bool left = false, moved = false;
+        const unsigned first = any_number() % n_threads, step = 2 * (any_number() % 64) + 1;
+        fall_asleep(asleep, n_threads);
+        for (unsigned i = 0; i < n_threads; i++) { // numbers of threads have no odd divisor but 3
+            threadIdx.x = (first + i * (step % 3 == 0 ? step + 2 : step)) % n_threads;
+            left |= !self().done;
+            if (!can_go_on(self()) || threadIdx.x - asleep.first < asleep.n) continue;
+            moved = true;
+            go_on();
+        }
+        if (!left) return true;
+        if (!moved) asleep.rounds = 0;
+        if (!bulks.empty() && any_number() % 4 == 0) land_bulk();
+        if (++idle > 1000 && bulks.empty()) return false;
+    }
+}
+
+// Runs `work` as every thread of every block; false when they wait for each other for ever.
+static bool run_grid(void (*work)(), int blocks, int n_threads, int rows_of_blocks = 1)
+{
+    body = work;
+    gridDim = dim{(unsigned)blocks, (unsigned)rows_of_blocks};
+    blockDim = dim{(unsigned)n_threads, 1};
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+        for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
+            if (!run_block((unsigned)n_threads)) return false;
     return true;
 }
 #endif

@@ -1,12 +1,16 @@
 #!/bin/sh
-# emulated.sh SOURCE_FOLDER NVCC: runs the source of the product kernels on the CPU, thread by thread. nvcc stands
-# for the host's C++ compiler here, which the project otherwise does not need.
+# emulated.sh SOURCE_FOLDER NVCC PROGRAM: runs the source of kernels on the CPU, thread by thread: `emulated` that of
+# the products, `emulated_side` what stands around them. nvcc stands for the host's C++ compiler here, which the project
+# otherwise does not need.
 cd "$1" || exit 1
-nvcc=$2
+nvcc=$2 program=$3
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-"$nvcc" -x c -I. -c kernels/cuda/plan.c -o "$folder/plan.o" -Xcompiler=-std=c11 &&
-    "$nvcc" -x c++ -std=c++17 -I. -c tests/gpu/emulated.cu -o "$folder/emulated.o" \
-        -Xcompiler=-O2,-ffp-contract=off,-fno-strict-aliasing &&
-    "$nvcc" "$folder/emulated.o" "$folder/plan.o" -o "$folder/emulated" || exit 1
-"$folder/emulated"
+# Nothing is hashed, so xxHash need not be there.
+for file in kernels/cuda/plan.c kernels/cuda/pack.c kernels/formats.c; do
+    "$nvcc" -x c -Itests/gpu/stand_in -I. -c "$file" -o "$folder/$(basename "$file" .c).o" -Xcompiler=-std=c11 || exit 1
+done
+"$nvcc" -x c++ -std=c++17 -I. -c "tests/gpu/$program.cu" -o "$folder/$program.o" \
+    -Xcompiler=-O2,-ffp-contract=off,-fno-strict-aliasing &&
+    "$nvcc" "$folder"/*.o -o "$folder/$program" || exit 1
+"$folder/$program"
