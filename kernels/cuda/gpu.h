@@ -92,7 +92,8 @@ int gpu_launch_pack(const gpu_matrix *m, const void *a, const void *b, void *dst
                     gpu_stream stream);
 
 /* For routers on a GPU (none yet): the gate and the sum over slots. Softmax: scores over all
- * experts. Sigmoid: a score per expert, chosen by score + bias. Equal scores: the lowest id. */
+ * experts. Sigmoid: a score per expert, chosen by score + bias. Equal scores: the lowest id. A row
+ * with a logit that is not finite gets ids of -1 and no weights. */
 typedef struct gpu_gate {
     const float *logits; /* [rows, n_experts] */
     const float *bias;   /* [n_experts] or NULL; for the choice only */

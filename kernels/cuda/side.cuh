@@ -214,10 +214,11 @@ __global__ void __launch_bounds__(128) gate_kernel(const gpu_gate g)
         chosen += w;
         if (lane == 0) {
             g.experts[(size_t)row * g.top_k + slot] = sound ? best_id : -1;
-            g.weights[(size_t)row * g.top_k + slot] = w;
+            if (sound) g.weights[(size_t)row * g.top_k + slot] = w;
         }
     }
     __syncwarp();
+    if (!sound) return;
     for (int slot = lane; slot < g.top_k; slot += 32) {
         float *w = g.weights + (size_t)row * g.top_k + slot;
         if (g.renormalise) *w = chosen > 0.0f ? *w / chosen : 1.0f / (float)g.top_k;

@@ -339,14 +339,14 @@ static void check_gate_row(const gate_case &c, const gpu_gate &g, int row, const
     }
 }
 
-// Rows 2 and 5 have a logit that is not finite: ids of -1.
+// Rows 2 and 5 have a logit that is not finite: ids of -1, weights as they were.
 static void check_gate_case(const gate_case &c)
 {
     const size_t n = (size_t)c.n_experts, places = (size_t)(GATE_ROWS * c.top_k);
     static const float bad[] = {NAN, INFINITY, -INFINITY};
     snprintf(doing, sizeof doing, "gate: top %d of %d, sigmoid %d, renormalise %d, bias %d, ties %d", c.top_k,
              c.n_experts, c.sigmoid, c.renormalise, c.biased, c.ties);
-    fenced<float> logits(GATE_ROWS * n), bias(c.biased ? n : 0), weights(places);
+    fenced<float> logits(GATE_ROWS * n), bias(c.biased ? n : 0), weights(places), untouched(1);
     fenced<int32_t> experts(places);
     std::vector<double> score[GATE_ROWS], key;
     std::vector<int> id[GATE_ROWS];
@@ -368,7 +368,8 @@ static void check_gate_case(const gate_case &c)
     for (int r = 0; r < GATE_ROWS; r++) {
         if (r % 3 != 2) check_gate_row(c, g, r, score[r], id[r]);
         for (size_t s = (size_t)(r * c.top_k); r % 3 == 2 && s < (size_t)((r + 1) * c.top_k); s++)
-            if (experts[s] != -1) fail("row %d has no finite logits, but expert %d", r, experts[s]);
+            if (experts[s] != -1 || memcmp(&weights[s], &untouched[0], 4) != 0)
+                fail("row %d is refused, but expert %d, weight %g", r, experts[s], weights[s]);
     }
 }
 
