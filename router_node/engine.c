@@ -161,7 +161,7 @@ static ep_status open_lists(router *r)
     r->running = ep_calloc(sequences, sizeof(*r->running));
     r->spare = ep_calloc(sequences, sizeof(*r->spare));
     r->shards = ep_calloc(shards, sizeof(*r->shards));
-    r->max_held = r->opt.n->n_buffers / 4;
+    r->max_held = r->opt.n->n_buffers / 4 - 1; /* rule 4 of exchange.c */
     r->held = ep_calloc((size_t)r->max_held + 1, sizeof(net_buf *));
     r->end_ids = ep_alloc(sizeof(int32_t) * (size_t)r->opt.n_end_ids);
     c->layers = ep_calloc(layers, sizeof(*c->layers));

@@ -11,9 +11,9 @@
  * after a pause and is well again with the first message that can be read. A shard that the control
  * plane calls lost is not asked any more.
  *  4. Answers are taken in any order. One nobody waits for (late, or a second copy) is dropped and
- *     counted. Others are held, and used where they lie, up to a quarter of the transport's
- * buffers; rows of those beyond are copied, so the transport never runs dry, however many slices
- * are under way.
+ *     counted. Others are held, and used where they lie, up to a quarter of the transport's buffers
+ * less one: sends may take three quarters, and one is always left to receive with. Rows of those
+ * beyond are copied.
  *  5. Every wait ends at the earliest of: the next re-send, the earliest deadline of a request in
  * the step, 200 ms (tick). Requests that expire end at once; a slice that only they needed is
  *     abandoned, its answer will be late.

@@ -168,8 +168,9 @@ ep_status cluster_open(cluster **out, const cluster_options *opt, ep_err *err)
         o.rank = i;
         o.n_ranks = n_ranks;
         o.max_message = max_message;
-        o.n_buffers = 64;
+        o.n_buffers = opt->n_buffers > 0 ? opt->n_buffers : 64;
         o.credit = 16;
+        o.send_deadline_ms = 20000; /* a slow machine must not turn slowness into a loss */
         status = net_loopback_open(&c->nets[i], c->hub, &o);
     }
     for (int i = 0; i < opt->n_shards && status == EP_OK; i++)

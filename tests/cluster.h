@@ -38,6 +38,7 @@ typedef struct cluster_options {
     void *script_arg;
     int router_threads, shard_threads;
     size_t max_message; /* 0: as large as needed */
+    int n_buffers;      /* of each rank's transport; 0: 64 */
     bool keep_logits;
     router_options router; /* limits, timing, top_k, tap.moe, end_ids; the rest is filled in */
 } cluster_options;

@@ -98,6 +98,28 @@ static void test_faults(void)
     cluster_close(reference);
 }
 
+/* Slices of one row each over the least number of buffers, and over few that leave some to hold:
+ * the transport never runs dry. */
+static void test_few_buffers(void)
+{
+    cluster *reference = reference_of(micro);
+    for (int n = 4; reference != NULL && n <= 12; n += 8) {
+        cluster_options o = plain(micro);
+        o.n_shards = n / 4 + 1;
+        o.n_buffers = n;
+        o.max_message =
+            wire_reply_bytes((uint32_t)micro->shape.hidden, (uint32_t)micro->shape.top_k);
+        o.router.max_sequences = 16;
+        o.router.max_tokens_per_step = o.router.prefill_chunk = 128;
+        o.router.per_layer_ms = 600000;
+        cluster *c = run(&o, N_REQUESTS);
+        if (c == NULL) break;
+        check_same(reference, c, N_REQUESTS, micro->shape.vocab, "few buffers");
+        cluster_close(c);
+    }
+    cluster_close(reference);
+}
+
 /* A shard dies: what needs it fails by name long before the deadline; what does not goes on. */
 static void test_dead_shard(void)
 {
@@ -403,6 +425,7 @@ int main(int argc, char **argv)
 {
     static const test_case cases[] = {
         {"faults", test_faults},
+        {"few_buffers", test_few_buffers},
         {"dead_shard", test_dead_shard},
         {"dead_shard_beside", test_dead_shard_beside},
         {"silent_shard_returns", test_silent_shard_returns},
