@@ -1,7 +1,7 @@
 /*
  * The serving loop: messages in order of arrival, each answered to whoever sent it. Rules:
  *  1. What has arrived is taken into a short ring with its time, so that a reply can say how long
- *     its slice waited. (The loop looks only between slices: the time is a lower bound.) The
+ *     its slice waited. (A CPU computes without looking: the time is a lower bound.) The
  *     transport keeps buffers for sending, so waiting messages cannot starve replies.
  *  2. Replies go to whoever sent the message, whatever its header claims.
  *  3. A reply without a free buffer or without credit waits for progress, at most
@@ -10,7 +10,7 @@
  *  5. While the device computes one slice the next one is begun (rows on their way to it), as many
  *     as the device takes at once. Answers leave in the order in which slices were begun.
  *  6. After shard_drain, and when the device is lost, what was received is answered, then the loop
- *     returns; stop returns at once.
+ *     returns; stop ends the passes under way, then returns.
  * It does not look into messages (shard.c) and never allocates.
  */
 #include "expert_shard/store.h"
@@ -119,7 +119,8 @@ static shard_waiting pop_waiting(shard *s)
     return w;
 }
 
-/* Begins to answer the next waiting message. False: only once a pass under way has ended. */
+/* Begins to answer the next waiting message. False: there is none, or only once a pass under way
+ * has ended. */
 static bool take_off(shard *s)
 {
     if (s->n_waiting == 0 || s->n_flying == s->store.ops->depth) return false;

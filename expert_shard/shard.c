@@ -2,7 +2,8 @@
  * A shard as an object: open, close, and one slice in, one reply or error out. Invariant: a slice
  * is checked completely before any of its numbers is used as an index or a size, and every refusal
  * becomes a WIRE_ERROR to the sender and a count by reason. Nothing is allocated after open. No
- * state outlives a slice but counters, so a slice may come twice and rows never meet each other.
+ * state outlives a slice but counters and a time, so a slice may come twice and rows never meet
+ * each other.
  *
  * Order of checks: envelope (wire_open), kind, epoch and shard, layer, form and hidden size,
  * counts, then each pair. A wrong shard index answers as a wrong epoch (the sender follows another
@@ -257,10 +258,10 @@ static void refuse(shard *s, shard_flight *f, wire_reason why)
     if (f->h.kind != WIRE_ERROR) answer_short(f, WIRE_ERROR, why);
 }
 
-/* For the checksums of large messages; NULL without experts, as there is no device then. */
+/* For the checksums of large messages. */
 static ep_pool *host_pool(const shard *s)
 {
-    return s->store.device != NULL ? s->store.ops->pool(s->store.device) : NULL;
+    return s->store.ops->pool(s->store.device);
 }
 
 void shard_answer_begin(shard *s, shard_flight *f, const void *msg, size_t msg_bytes,
@@ -294,8 +295,14 @@ void shard_answer_end(shard *s, shard_flight *f)
         refuse(s, f, device_failed(s, &f->h, status));
         return;
     }
-    /* The device works on one pass at a time: this one since the one before it was over. */
-    ep_time from = ep_time_diff_ns(s->computed, f->begin) > 0 ? s->computed : f->begin;
+    /* The device works on one pass at a time: this one since the one before it was over (as far as
+     * this thread has looked). Until then it waited. */
+    int64_t behind = ep_time_diff_ns(s->computed, f->begin);
+    ep_time from = behind > 0 ? s->computed : f->begin;
+    if (behind > 0) {
+        shard_count(&s->counters.wait_ns, (uint64_t)behind);
+        f->h.wait_ns += (uint64_t)behind;
+    }
     s->computed = ep_now();
     uint64_t ns = (uint64_t)ep_time_diff_ns(s->computed, from);
     f->reply_bytes = wire_reply_bytes(f->h.hidden, f->h.n_pairs);

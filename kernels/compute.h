@@ -3,7 +3,7 @@
 /*
  * compute: the device contract, the only thing a shard sees of where its experts live. Whole
  * operations on opaque objects, each returning ep_status; never "get me the pointer".
- * cpu/compute_cpu.c serves it with kernels.h, cuda/compute_cuda.cu with a GPU. One thread drives a
+ * cpu/compute_cpu.c serves it with kernels.h, cuda/compute_cuda.c with a GPU. One thread drives a
  * compute object.
  */
 #include "base/base.h"
@@ -72,7 +72,7 @@ typedef struct compute_ops {
      * device until the pass is ended. On failure this pass is not under way. */
     int depth;
     ep_status (*ffn_begin)(compute *c, compute_stack *s, const compute_ffn_args *a);
-    /* Whether ffn_end would return at once. */
+    /* Whether ffn_end would not wait for the device (but for copies to memory not pinned). */
     bool (*ffn_is_done)(compute *c);
     /* Ends the oldest pass under way: its `out` is complete. After EP_ERR_DEVICE, from either half,
      * the device is lost to this process: every call gives the same. */

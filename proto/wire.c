@@ -178,8 +178,10 @@ static void hash_chunks(void *arg, int thread_i, int n_threads)
 static uint64_t checksum(const uint8_t *msg, size_t msg_bytes, ep_pool *pool)
 {
     uint8_t header[WIRE_HEADER_BYTES];
-    chunks c = {
-        .payload = msg + WIRE_HEADER_BYTES, .bytes = msg_bytes - WIRE_HEADER_BYTES, .chunk = CHUNK};
+    chunks c; /* no initialiser: it would clear 8 KiB for every message */
+    c.payload = msg + WIRE_HEADER_BYTES;
+    c.bytes = msg_bytes - WIRE_HEADER_BYTES;
+    c.chunk = CHUNK;
     while (c.bytes / c.chunk >= MOST_CHUNKS)
         c.chunk *= 2;
     c.n = (c.bytes + c.chunk - 1) / c.chunk;

@@ -295,11 +295,6 @@ static ep_status load_role(compute_stack *s, int role, int expert_i, const void 
     return status;
 }
 
-static size_t larger(size_t a, size_t b)
-{
-    return a > b ? a : b;
-}
-
 static ep_status cuda_stack_load(compute_stack *s, int expert_i, const void *gate, const void *up,
                                  const void *down, uint64_t *checksum)
 {

@@ -2,8 +2,8 @@
 #define EP_KERNELS_CUDA_DEVICE_H
 /*
  * device: a GPU behind the device contract, as compute_cuda.c (opening, stacks) and pass.c
- * (scratch, passes) see it. Private to these two. Every function is called by the thread that
- * drives the device, with gpu_enter behind it.
+ * (scratch, passes) see it. Private to these two. Called by the thread that drives the
+ * device.
  */
 #include <cuda_runtime_api.h>
 #include <pthread.h>
@@ -63,6 +63,11 @@ struct compute_stack {
     /* [slot][bucket][form][rows are floats] */
     cudaGraphExec_t graph[COMPUTE_DEPTH][GPU_BUCKETS][GPU_FORMS][2];
 };
+
+static inline size_t larger(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
 
 /* The status of a call that returned e; a device error is remembered, said once, and is for good.
  */

@@ -28,11 +28,6 @@ static int at_most(int a, int b)
     return a < b ? a : b;
 }
 
-static size_t larger(size_t a, size_t b)
-{
-    return a > b ? a : b;
-}
-
 /* ---- streams and events ---- */
 
 int gpu_passes_open(compute *c)
@@ -418,12 +413,16 @@ ep_status gpu_pass_end(compute *c)
     c->oldest = (c->oldest + 1) % COMPUTE_DEPTH;
     c->n_under_way--;
     ep_status s = gpu_enter(c);
-    if (s != EP_OK || slot->is_empty) return s;
-    s = gpu_check(c, cudaEventSynchronize(slot->done), pass_names[slot->form]);
-    if (s != EP_OK || slot->to == NULL) return s;
-    s = gpu_check(
-        c, cudaMemcpyAsync(slot->to, slot->out, slot->bytes, cudaMemcpyDeviceToHost, c->out_stream),
-        "copy from the device");
-    if (s == EP_OK) s = gpu_check(c, cudaStreamSynchronize(c->out_stream), "copy from the device");
+    if (s == EP_OK && !slot->is_empty)
+        s = gpu_check(c, cudaEventSynchronize(slot->done), pass_names[slot->form]);
+    if (s == EP_OK && !slot->is_empty && slot->to != NULL) {
+        s = gpu_check(c,
+                      cudaMemcpyAsync(slot->to, slot->out, slot->bytes, cudaMemcpyDeviceToHost,
+                                      c->out_stream),
+                      "copy from the device");
+        if (s == EP_OK)
+            s = gpu_check(c, cudaStreamSynchronize(c->out_stream), "copy from the device");
+    }
+    if (s != EP_OK) settle(c); /* rows and out go back to the caller */
     return s;
 }
