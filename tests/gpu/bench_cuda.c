@@ -36,24 +36,8 @@ static const int tokens[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048};
 enum { MOST_TOKENS = 2048 };
 
 static cudaStream_t stream;
-static uint64_t state = 0x9e3779b97f4a7c15ull;
 static int n_sm, smem_limit;
 static gpu_forms forms;
-bool check_quick;
-int check_failures;
-
-uint64_t check_random(void)
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state * 0x2545f4914f6cdd1dull;
-}
-
-int check_below(int n)
-{
-    return (int)((check_random() >> 33) % (uint64_t)n);
-}
 
 void check_fail(const char *fmt, ...)
 {
@@ -412,7 +396,8 @@ int main(int argc, char **argv)
     if (gpu_forms_open(&forms, 0, smem_limit, &err) != EP_OK) check_fail("%s\n", err.text);
     double ceiling = read_ceiling();
     printf("seed %llu, %d multiprocessors, %s, launches %schained, read ceiling %.2f TB/s\n",
-           (unsigned long long)state, n_sm, forms.line, forms.chained ? "" : "not ", ceiling / 1e6);
+           (unsigned long long)CHECK_SEED, n_sm, forms.line, forms.chained ? "" : "not ",
+           ceiling / 1e6);
     for (int shape = 0; shape < 3; shape++)
         bench_shape(shape, type, ceiling);
     return 0;

@@ -19,22 +19,6 @@ static const int tokens[] = {1, 8, 32, 128, 512, 1024};
 
 static compute *gpu;
 static compute_stack *stacks[LAYERS];
-static uint64_t state = 0x9e3779b97f4a7c15ull;
-bool check_quick;
-int check_failures;
-
-uint64_t check_random(void)
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state * 0x2545f4914f6cdd1dull;
-}
-
-int check_below(int n)
-{
-    return (int)((check_random() >> 33) % (uint64_t)n);
-}
 
 void check_fail(const char *fmt, ...)
 {
@@ -174,7 +158,7 @@ int main(int argc, char **argv)
     must(compute_cuda.reserve(gpu, MOST, MOST * TOP_K), "reserve");
     printf("%s\n%s, seed %llu\ntokens  pairs  ordinary_us    pinned_us  two_at_once_us    ratio    "
            " GB/s\n",
-           compute_cuda.describe(gpu), kern_type_name(type), (unsigned long long)state);
+           compute_cuda.describe(gpu), kern_type_name(type), (unsigned long long)CHECK_SEED);
     for (size_t i = 0; i < sizeof tokens / sizeof tokens[0]; i++)
         bench(tokens[i]);
     for (int l = 0; l < LAYERS; l++)

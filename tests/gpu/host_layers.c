@@ -9,23 +9,6 @@
 #include "kernels/kernels.h"
 #include "tests/kernels/check.h"
 
-bool check_quick;
-int check_failures;
-static uint64_t state = 0x2545f4914f6cdd1dull;
-
-uint64_t check_random(void)
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state * 0x2545f4914f6cdd1dull;
-}
-
-int check_below(int n)
-{
-    return (int)((check_random() >> 33) % (uint64_t)n);
-}
-
 void check_fail(const char *fmt, ...)
 {
     va_list args;

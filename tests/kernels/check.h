@@ -2,8 +2,8 @@
 #define EP_TESTS_KERNELS_CHECK_H
 /*
  * check_kernels: proves packing, the products of every instruction set, kern_linear and kern_ffn.
- * Shared by its files: a seeded generator, failure counting, and a reading of the file formats that
- * is independent of kernels/pack.c.
+ * Shared by its files, and with the programs that check and time CUDA: a seeded generator, failure
+ * counting, and a reading of the file formats that is independent of kernels/pack.c.
  */
 #include <stdbool.h>
 #include <stddef.h>
@@ -16,12 +16,14 @@ extern int check_failures;
 extern const int check_types[];
 extern const int check_n_types;
 
-/* Counts a failure and prints it (the first twenty). */
+/* Each program has its own: counts a failure and prints it (the first twenty), or ends. */
 void check_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
-uint64_t check_random(void); /* the next 64 bits of the seeded stream */
+#define CHECK_SEED UINT64_C(0x12a2fa48a7b66e8e)
+void check_seed(uint64_t seed); /* of the stream, which begins there; CHECK_SEED without */
+uint64_t check_random(void);    /* the next 64 bits of the stream */
 int check_below(int n);
-void check_reseed(void);  /* starts the stream again */
+void check_reseed(void);  /* begins the stream again */
 float check_normal(void); /* about -2..2, three digits of exponent below */
 
 /* Random bytes of a file row; scales are finite halves. `mode` picks adversarial values. */

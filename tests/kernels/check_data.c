@@ -1,6 +1,6 @@
 /*
- * Test data: file rows and activation rows, random and adversarial, and an independent reading of
- * the file formats (one weight at a time, in double).
+ * Test data: the seeded stream, file rows and activation rows, random and adversarial, and an
+ * independent reading of the file formats (one weight at a time, in double).
  */
 #include "check.h"
 
@@ -9,6 +9,34 @@
 #include <string.h>
 
 const char *const check_mode_names[N_MODES] = {"random", "max", "denormal", "zero", "negative"};
+
+bool check_quick;
+int check_failures;
+static uint64_t state = CHECK_SEED * 2 + 1, first_state = CHECK_SEED * 2 + 1;
+
+void check_seed(uint64_t seed)
+{
+    first_state = seed * 2 + 1; /* never zero, which it would stay */
+    check_reseed();
+}
+
+void check_reseed(void)
+{
+    state = first_state;
+}
+
+uint64_t check_random(void)
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state * 0x2545f4914f6cdd1dull;
+}
+
+int check_below(int n)
+{
+    return (int)(check_random() >> 33) % n;
+}
 
 float check_normal(void)
 {

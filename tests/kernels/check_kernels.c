@@ -13,31 +13,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-bool check_quick, check_emulated;
-int check_failures;
+bool check_emulated;
 const int check_types[] = {KERN_F32,  KERN_F16,  KERN_BF16, KERN_Q4_0, KERN_Q5_0,
                            KERN_Q8_0, KERN_Q4_K, KERN_Q5_K, KERN_Q6_K, KERN_GPTQ4};
 const int check_n_types = (int)(sizeof(check_types) / sizeof(check_types[0]));
-
-static uint64_t state, first_state;
-
-uint64_t check_random(void)
-{
-    state ^= state >> 12;
-    state ^= state << 25;
-    state ^= state >> 27;
-    return state * 0x2545f4914f6cdd1dull;
-}
-
-void check_reseed(void)
-{
-    state = first_state;
-}
-
-int check_below(int n)
-{
-    return (int)(check_random() >> 33) % n;
-}
 
 void check_fail(const char *fmt, ...)
 {
@@ -168,7 +147,7 @@ int main(int argc, char **argv)
         return 2;
     }
     printf("seed %llu\n", (unsigned long long)seed);
-    first_state = state = seed * 2 + 1;
+    check_seed(seed);
     if (emulate) return run_emulated();
     if (isa != NULL && !kern_has_level(isa)) {
         printf("skipped: this machine has no %s\n", isa);
